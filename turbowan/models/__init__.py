@@ -1,0 +1,1 @@
+"""The networks: transformer, VAE, text encoder, image encoder. No file access here."""

@@ -1,0 +1,48 @@
+"""The umT5 encoder, through `transformers`, in the form Wan uses it."""
+
+from __future__ import annotations
+
+
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+
+class TextEncoder(nn.Module):
+    """umT5 with the rows past the prompt set to zero.
+
+    Args:
+        vocabulary, width, layers, heads, head_width, hidden: sizes; 256384, 4096, 24, 64, 64 and 10240 in umT5-xxl.
+    """
+
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, head_width: int, hidden: int) -> None:
+        super().__init__()
+        config = UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=head_width,
+            d_ff=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            layer_norm_epsilon=1e-6,
+        )
+        self.model = UMT5EncoderModel(config)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.d_model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids to embeddings.
+
+        Args:
+            ids: int64 [B, L]. mask: [B, L], 1 at the prompt's tokens.
+
+        Returns:
+            [B, L, D] in the weights' dtype; rows where the mask is 0 are zero.
+        """
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+
+

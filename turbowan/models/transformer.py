@@ -1,0 +1,316 @@
+"""The Wan diffusion transformer, for text and image conditioning, of any width and depth.
+
+Source: Wan-Video/Wan2.1 and Wan2.2, and thu-ml/TurboDiffusion (all Apache-2.0) for the order of roundings.
+Parameter names are those of the official files, so their readers have nothing to rename.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import RequestError
+
+ATTENTION_KINDS = ("original", "sla", "sagesla")
+HEAD_SIZE = 128
+PATCH = (1, 2, 2)  # frames, height, width
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes, all read from the tensors of a file."""
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    text_dim: int
+    in_dim: int = 16  # latent and condition channels
+    out_dim: int = 16
+    freq_dim: int = 256
+    image_dim: int | None = None  # width of CLIP tokens (Wan 2.1 image-to-video), None without them
+    has_sla: bool = False  # whether the file holds SLA's proj_l
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // HEAD_SIZE
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How self-attention runs. It is no part of the weights and may change between calls.
+
+    kind: "original" (dense), "sla" or "sagesla". top_k: share of key blocks kept. block_q, block_k: tokens per block.
+    """
+
+    kind: str = "original"
+    top_k: float = 0.1
+    block_q: int = 128
+    block_k: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in ATTENTION_KINDS:
+            raise RequestError(f"attention must be one of auto, {', '.join(ATTENTION_KINDS)}, got '{self.kind}'")
+        if not 0 < self.top_k <= 1:
+            raise RequestError(f"sla_topk must be in (0, 1], got {self.top_k}")
+        if self.block_q < 1 or self.block_k < 1:
+            raise RequestError(f"attention blocks must be positive, got {self.block_q} x {self.block_k}")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, before the split into heads."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, EPS)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with an affine part; its variance follows the model's `norms`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, variance: str) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, EPS, variance)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, has_sla: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.proj_l = nn.Linear(HEAD_SIZE, HEAD_SIZE) if has_sla else None
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], how: AttentionConfig) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, HEAD_SIZE)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
+        if how.kind == "original" or self.proj_l is None:
+            out = ops.attention(q, k, v)
+        else:
+            precision = "int8" if how.kind == "sagesla" else "bf16"
+            proj = self.proj_l
+            out = ops.sparse_linear_attention(
+                q, k, v, proj.weight, proj.bias, how.top_k, how.block_q, how.block_k, precision
+            )
+        return self.o(out.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text, and to image tokens where the model has them."""
+
+    def __init__(self, dim: int, has_image: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        if has_image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, last_row_count: int) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (-1, HEAD_SIZE))
+
+        q = heads(self.norm_q(self.q(x)))
+        out = ops.attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), last_row_count)
+        if image is not None:
+            out = out + ops.attention(q, heads(self.norm_k_img(self.k_img(image))), heads(self.v_img(image)))
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = SelfAttention(dim, config.has_sla)
+        self.norm3 = LayerNorm(dim)
+        self.cross_attn = CrossAttention(dim, config.image_dim is not None)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        text: Tensor,
+        image: Tensor | None,
+        last_row_count: int,
+        how: AttentionConfig,
+        norms: str,
+    ) -> Tensor:
+        """x: [B, L, D]; modulation: float32 [B, 6, D], shared by all blocks, to which the block adds its own."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
+            self.modulation.float() + modulation
+        ).unsqueeze(2).unbind(1)
+        normed = modulate(ops.layer_norm(x, eps=EPS, variance=norms), shift_a, scale_a)
+        x = x + self.self_attn(normed, rotation, how) * gate_a.to(x.dtype)
+        x = x + self.cross_attn(self.norm3(x, norms), text, image, last_row_count)
+        normed = modulate(ops.layer_norm(x, eps=EPS, variance=norms), shift_f, scale_f)
+        return x + self.ffn(normed) * gate_f.to(x.dtype)
+
+
+class Head(nn.Module):
+    """The last layer, in float32 whatever the model's dtype."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = nn.Linear(config.dim, PATCH[0] * PATCH[1] * PATCH[2] * config.out_dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.unsqueeze(1)).unsqueeze(2).unbind(1)
+        return _linear_float32(self.head, modulate(ops.layer_norm(x, eps=EPS).float(), shift, scale))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens to context tokens (Wan 2.1 image-to-video)."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj(tokens)
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity of a noisy latent.
+
+    Args:
+        config: sizes.
+        attention: how self-attention runs; may be replaced at any time through the attribute of the same name.
+        norms: "exact", or "official" for the fast kernel's variance in norm1, norm2 and norm3.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, attention: AttentionConfig | None = None, norms: str = "exact"
+    ) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.attention = attention or AttentionConfig("sla" if config.has_sla else "original")
+        self.norms = norms
+        self.patch_embedding = nn.Linear(config.in_dim * PATCH[0] * PATCH[1] * PATCH[2], dim)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.img_emb = ImageEmbedding(config.image_dim, dim) if config.image_dim else None
+        self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream: that of the patch embedding's weight."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels the model takes besides the latent's: 20 for image-to-video, 0 for text-to-video."""
+        return self.config.in_dim - self.config.out_dim
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        condition: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        text_rows: int | None = None,
+    ) -> Tensor:
+        """One evaluation. Rounds none of its inputs beyond what its own dtype does.
+
+        Args:
+            latent: [B, 16, T, H, W], H and W even.
+            timestep: [B], 0..1000.
+            text: [B, L, text_dim]; all L rows are attended to.
+            condition: [B, 20, T, H, W] (4 mask channels, then 16 of the image latent) for image-to-video.
+            image_tokens: [B, 257, 1280] CLIP tokens, for models with an image embedding.
+            text_rows: the text counts as so many rows, the last given one standing for all that follow: a prompt of
+                20 tokens as 21 rows of 512 gives the same result for a fraction of the work.
+
+        Returns:
+            The velocity, float32 [B, 16, T, H, W].
+
+        Raises:
+            RequestError: a tensor's shape does not fit the model.
+        """
+        self._check(latent, text, condition, image_tokens)
+        x = latent if condition is None else torch.cat([latent, condition.to(latent.dtype)], dim=1)
+        grid = tuple(size // patch for size, patch in zip(x.shape[2:], PATCH, strict=True))
+        x = self.patch_embedding(patchify(x).to(self.dtype))
+        time = self._embed_time(timestep)
+        modulation = _linear_float32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
+        text = self.text_embedding(text.to(self.dtype))
+        image = self.img_emb(image_tokens.to(self.dtype)) if self.img_emb is not None else None
+        rotation = self._rotation(grid, x.device)
+        last_row_count = 1 + max(0, (text_rows or 0) - text.shape[1])
+        for block in self.blocks:
+            x = block(x, modulation, rotation, text, image, last_row_count, self.attention, self.norms)
+        return unpatchify(self.head(x, time), grid)
+
+    def _embed_time(self, timestep: Tensor) -> Tensor:
+        """[B] -> float32 [B, D]; the sinusoid in float64, the layers in float32."""
+        half = self.config.freq_dim // 2
+        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angle = timestep.double()[:, None] * frequency
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+        hidden = F.silu(_linear_float32(self.time_embedding[0], sinusoid))
+        return _linear_float32(self.time_embedding[2], hidden)
+
+    def _rotation(self, grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (*grid, device)
+        if key not in self._rotations:
+            self._rotations.clear()
+            self._rotations[key] = ops.rope_table(*grid, head_size=HEAD_SIZE, device=device)
+        return self._rotations[key]
+
+    def _check(self, latent: Tensor, text: Tensor, condition: Tensor | None, image_tokens: Tensor | None) -> None:
+        channels = latent.shape[1] + (0 if condition is None else condition.shape[1])
+        if channels != self.config.in_dim:
+            raise RequestError(
+                f"this model takes {self.config.in_dim} channels ({self.config.out_dim} latent"
+                f" + {self.condition_channels} condition), got {channels}"
+            )
+        if latent.shape[-1] % PATCH[2] or latent.shape[-2] % PATCH[1]:
+            raise RequestError(f"latent height and width must be even, got {latent.shape[-2]}x{latent.shape[-1]}")
+        if text.shape[-1] != self.config.text_dim:
+            raise RequestError(f"this model takes text of width {self.config.text_dim}, got {text.shape[-1]}")
+        if (self.img_emb is None) != (image_tokens is None):
+            wants = "no image tokens" if self.img_emb is None else f"image tokens of width {self.config.image_dim}"
+            raise RequestError(f"this model takes {wants}")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift in float32, rounded to x's dtype. x: [B, L, D]; shift, scale: float32 [B, 1, D]."""
+    return (x.float() * (1 + scale) + shift).to(x.dtype)
+
+
+def patchify(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, T * H/2 * W/2, C * 4]: tokens t-major, features ordered channel, row, column."""
+    x = x.unflatten(4, (-1, PATCH[2])).unflatten(3, (-1, PATCH[1]))  # B C T h 2 w 2
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """[B, L, 4 * C] -> [B, C, T, H, W]: features ordered row, column, channel (the channel last, unlike the input)."""
+    x = x.unflatten(2, (PATCH[1], PATCH[2], -1)).unflatten(1, tuple(grid))  # B T h w 2 2 C
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float())

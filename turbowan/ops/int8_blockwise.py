@@ -1,0 +1,84 @@
+"""8-bit linear layers with one scale per 128 x 128 block, the format of TurboDiffusion's `-quant` files.
+
+Source: `turbodiffusion/ops` (Apache-2.0). The scale is amax / 128, not / 127: +amax saturates to 127, -amax is -128.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import Operation
+
+BLOCK = 128
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[M, K] -> [m, 128, k, 128], zero-filled at the ends."""
+    x = F.pad(x, (0, -x.shape[1] % BLOCK, 0, -x.shape[0] % BLOCK))
+    return x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    blocks = _blocks(x.float())
+    amax = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-8)
+    codes = (blocks * (BLOCK / amax)[:, None, :, None]).round().clamp(-128, 127).to(torch.int8)
+    return codes.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous(), amax / BLOCK
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = (-(-x.shape[0] // BLOCK), -(-x.shape[1] // BLOCK))
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(blocks, dtype=torch.float32)
+
+
+def _linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    codes, scale = _quantize(x)
+    out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
+    row, column = (torch.arange(n, device=x.device) // BLOCK for n in out.shape)
+    for i in range(scale.shape[1]):  # products of int8 codes are exact in float32 within a block of 128
+        part = slice(i * BLOCK, (i + 1) * BLOCK)
+        product = codes[:, part].float() @ weight[:, part].float().T
+        out += product * (scale[row, i, None] * weight_scale[column, i])
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_quantize_operation = Operation("quantize_int8_blockwise", _quantize, _quantize_fake)
+_linear_operation = Operation("linear_int8_blockwise", _linear, _linear_fake)
+
+
+def quantize_int8_blockwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to int8 with one scale per 128 x 128 block (round half to even, saturating).
+
+    Args:
+        x: [M, K], any float dtype.
+
+    Returns:
+        int8 [M, K] and float32 scales [ceil(M / 128), ceil(K / 128)]; x is about codes * scale of the block.
+    """
+    return _quantize_operation(x)
+
+
+def dequantize_int8_blockwise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """int8 [M, K] and float32 [ceil(M / 128), ceil(K / 128)] -> [M, K] in `dtype`."""
+    row, column = (torch.arange(n, device=codes.device) // BLOCK for n in codes.shape)
+    return (codes.float() * scale[row[:, None], column]).to(dtype)
+
+
+def linear_int8_blockwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with both sides in int8, integer products per block, float32 sums over blocks.
+
+    The activation is quantised inside. In a batch its blocks never cross samples: the caller passes one sample's rows,
+    or rows padded to a multiple of 128 per sample.
+
+    Args:
+        x: [M, K]. weight: int8 [N, K]. weight_scale: float32 [ceil(N / 128), ceil(K / 128)]. bias: [N] or None.
+        Any K: a part block counts as zero-filled.
+
+    Returns:
+        [M, N] in x's dtype, rounded once, after the bias.
+    """
+    return _linear_operation(x, weight, weight_scale, bias)

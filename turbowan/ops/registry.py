@@ -1,0 +1,170 @@
+"""Which implementation of an operation runs: constraints as data, selection as a pure function.
+
+An `Operation` has one specification, its *eager twin*, written in plain PyTorch, and any number of faster
+implementations, each with the constraints under which it may run. It is registered as a `torch.library` operation
+(`torch.ops.turbowan.<name>`) with a fake implementation, so tracing and `torch.compile` see one opaque node.
+Where a gradient or a forward-mode tangent is wanted, the eager twin runs inline and PyTorch differentiates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ..errors import MachineError
+
+NAMESPACE = "turbowan"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What selection looks at: the device and the shapes of one call, nothing else."""
+
+    device: str  # "cpu", "cuda"
+    dtype: torch.dtype
+    head_size: int | None = None
+    capability: tuple[int, int] | None = None  # CUDA compute capability
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, head_size: int | None = None) -> Facts:
+        capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+        return cls(tensor.device.type, tensor.dtype, head_size, capability)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Where an implementation may run. `None` means anywhere."""
+
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    head_sizes: tuple[int, ...] | None = None
+    min_capability: tuple[int, int] | None = None
+
+    def refusal(self, facts: Facts) -> str | None:
+        """Why these facts are outside the constraints, in a few words; None when they are inside."""
+        if self.devices is not None and facts.device not in self.devices:
+            return f"needs device {'/'.join(self.devices)}, got {facts.device}"
+        if self.dtypes is not None and facts.dtype not in self.dtypes:
+            return f"needs dtype {'/'.join(str(d).removeprefix('torch.') for d in self.dtypes)}, got {facts.dtype}"
+        if self.head_sizes is not None and facts.head_size is not None and facts.head_size not in self.head_sizes:
+            return f"needs head size {'/'.join(map(str, self.head_sizes))}, got {facts.head_size}"
+        if self.min_capability is not None and (facts.capability or (0, 0)) < self.min_capability:
+            return f"needs compute capability {self.min_capability}, got {facts.capability}"
+        return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation. Among those that may run, the highest priority wins."""
+
+    name: str
+    function: Callable[..., Any]
+    constraints: Constraints = Constraints()
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of a selection, with the reason each other implementation was passed over."""
+
+    implementation: Implementation
+    refused: tuple[tuple[str, str], ...]
+
+
+class Operation:
+    """One operation of the package; call it like a function.
+
+    Args:
+        name: the operation's name in `torch.ops.turbowan`.
+        eager: the specification. Its annotations give the operation's schema.
+        fake: same arguments, returns empty tensors of the right shape and dtype.
+        flops: multiply-adds times two from the arguments' shapes, for `torch.utils.flop_counter`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        eager: Callable[..., Any],
+        fake: Callable[..., Any],
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name = name
+        self.eager = eager
+        self.implementations: list[Implementation] = [Implementation("eager", eager)]
+        self.forced: str | None = None
+        OPERATIONS[name] = self
+        if not hasattr(getattr(torch.ops, NAMESPACE), name):  # a second copy of the package shares the first one's
+            schema = torch.library.infer_schema(eager, mutates_args=())
+            registered = torch.library.custom_op(f"{NAMESPACE}::{name}", self._run, mutates_args=(), schema=schema)
+            registered.register_fake(fake)
+            if flops is not None:
+                register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+        self._registered = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def add(self, implementation: Implementation) -> None:
+        """Offer a further implementation; `select` weighs it from the next call on."""
+        self.implementations.append(implementation)
+
+    def select(self, facts: Facts, forced: str | None = None) -> Choice:
+        """Pure choice by constraints and priority. A forced implementation runs or raises, never falls back.
+
+        Raises:
+            MachineError: the forced implementation is unknown or cannot run here.
+        """
+        refused = []
+        candidates = []
+        for implementation in sorted(self.implementations, key=lambda i: -i.priority):
+            reason = implementation.constraints.refusal(facts)
+            if reason is None:
+                candidates.append(implementation)
+            else:
+                refused.append((implementation.name, reason))
+        if forced is not None:
+            chosen = next((i for i in candidates if i.name == forced), None)
+            if chosen is None:
+                why = dict(refused).get(forced, f"known: {', '.join(i.name for i in self.implementations)}")
+                raise MachineError(f"operation {self.name} cannot use '{forced}' here ({why})")
+            return Choice(chosen, tuple(refused))
+        return Choice(candidates[0], tuple(refused))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if len(self.implementations) == 1 and self.forced is None:
+            return self.eager(*args, **kwargs)
+        return self.select(Facts.of(args[0], args[0].shape[-1]), self.forced).implementation.function(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _differentiated(args):
+            return self.eager(*args, **kwargs)
+        return self._registered(*args, **kwargs)
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def _differentiated(args: tuple[Any, ...]) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+@contextmanager
+def force(**names: str) -> Iterator[None]:
+    """Run with the named implementations, e.g. `force(layer_norm="eager")`; raises where one cannot run."""
+    before = {name: OPERATIONS[name].forced for name in names}
+    try:
+        for name, implementation in names.items():
+            OPERATIONS[name].forced = implementation
+        yield
+    finally:
+        for name, implementation in before.items():
+            OPERATIONS[name].forced = implementation
+
+
+def explain(facts: Facts) -> dict[str, Choice]:
+    """What each operation would use for these facts, and why; printed by `turbowan doctor`."""
+    return {name: operation.select(facts, operation.forced) for name, operation in sorted(OPERATIONS.items())}

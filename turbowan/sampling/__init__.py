@@ -1,0 +1,1 @@
+"""Samplers. They know a velocity function and nothing of models."""

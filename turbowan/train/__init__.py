@@ -1,0 +1,1 @@
+"""Training: the embedded model's VAE and flow-matching transformer, on PyTorch alone."""

@@ -1,0 +1,226 @@
+"""Flow matching on the procedural world: a Wan transformer and its text encoder, trained together.
+
+x_t = (1 - t) x0 + t noise; the network predicts the velocity noise - x0. Latents are encoded on the fly into a pool on
+the device, whose oldest entries are replaced as training goes on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints.files import write_tensors
+from ..checkpoints.official import write_transformer
+from ..checkpoints.wan import write_text_encoder
+from ..media.image import contact_sheet
+from ..models.text_encoder import TextEncoder
+from ..models.tokenizer import TEXT_LENGTH, Tokenizer
+from ..models.transformer import TransformerConfig, WanTransformer
+from ..models.vae import Clip, WanVAE
+from ..sampling import flow
+from ..world.analyse import analyse_shapes, matches
+from ..world.captions import caption
+from ..world.scenes import draw_scenes, render
+from .loop import Average, Schedule, Stage, clip_and_step, every
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """One stage. Time in minutes of the whole stage."""
+
+    minutes: float
+    dim: int = 256
+    ffn_dim: int = 768
+    layers: int = 6
+    text_dim: int = 128
+    text_layers: int = 2
+    text_rows: int = 32  # longest caption and one empty row
+    frames: int = 33
+    height: int = 160
+    width: int = 256
+    camera_share: float = 0.15
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    empty_prompts: float = 0.1
+    time_mean: float = 0.6  # t = sigmoid(mean + std * normal)
+    time_std: float = 1.2
+    pool_start: int = 8192
+    pool_size: int = 40960
+    refresh_steps: int = 4
+    refresh_clips: int = 64
+    wordings: int = 4  # captions kept per clip
+    seed: int = 0
+    preview_steps: int = 30
+    preview_guidance: float = 3.0
+    preview_shift: float = 3.0
+
+
+class Pool:
+    """Latents and tokenised captions on the device, filled and refreshed from fresh scenes."""
+
+    def __init__(self, config: FlowConfig, vae: WanVAE, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
+        self.config, self.vae, self.tokenizer, self.device, self.seed = config, vae, tokenizer, device, seed
+        shape = (16, (config.frames - 1) // 4 + 1, config.height // 8, config.width // 8)
+        self.latents = torch.empty(config.pool_size, *shape, dtype=vae.dtype, device=device)
+        self.ids = torch.zeros(config.pool_size, config.wordings, config.text_rows, dtype=torch.int16)
+        self.made = 0
+
+    def __len__(self) -> int:
+        return min(self.made, self.config.pool_size)
+
+    @torch.no_grad()
+    def add(self, count: int) -> None:
+        """Draw, render and encode `count` clips over the oldest entries."""
+        config = self.config
+        seed = self.seed + self.made
+        scenes = draw_scenes(count, torch.Generator().manual_seed(seed), config.camera_share)
+        video = render(scenes.to(self.device), config.frames, config.height, config.width).to(self.vae.dtype)
+        latents = self.vae._normalise(self.vae.encoder(video, Clip()))
+        rows = torch.arange(self.made, self.made + count) % config.pool_size
+        self.latents[rows.to(self.device)] = latents.to(self.vae.dtype)
+        rng = random.Random(seed)
+        for wording in range(config.wordings):
+            ids, _ = self.tokenizer(caption(scenes, rng))
+            self.ids[rows, wording] = ids[:, : config.text_rows].to(torch.int16)
+        self.made += count
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A batch of latents [B, 16, T, h, w] and token ids [B, text_rows]."""
+        rows = torch.randint(len(self), (self.config.batch,), generator=generator)
+        wording = torch.randint(self.config.wordings, (self.config.batch,), generator=generator)
+        ids = self.ids[rows, wording].long()
+        empty = torch.rand(self.config.batch, generator=generator) < self.config.empty_prompts
+        ids[empty] = self.tokenizer([""])[0][:, : self.config.text_rows]
+        return self.latents[rows.to(self.device)], ids.to(self.device, non_blocking=True)
+
+
+class FlowModel(nn.Module):
+    """Transformer and text encoder as one trainable module."""
+
+    def __init__(self, config: FlowConfig, vocabulary: int) -> None:
+        super().__init__()
+        width = config.text_dim
+        self.text_encoder = TextEncoder(vocabulary, width, config.text_layers, width // 64, 64, 2 * width)
+        self.transformer = WanTransformer(TransformerConfig(config.dim, config.ffn_dim, config.layers, width))
+        for block in self.transformer.blocks:  # residual branches start idle
+            for layer in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.transformer.head.head.weight)
+
+    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        text = self.text_encoder(ids, (ids != 0).long())
+        return self.transformer(latent, timestep, text, text_rows=TEXT_LENGTH)
+
+
+def train_flow(
+    config: FlowConfig,
+    folder: Path,
+    vae: WanVAE,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    device: torch.device,
+    max_minutes: float | None = None,
+    compile_blocks: bool | None = None,
+) -> FlowModel:
+    """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
+
+    State, curve and a sheet of samples of held-out prompts are kept in `folder`.
+    """
+    torch.manual_seed(config.seed)
+    on_gpu = device.type == "cuda"
+    model = FlowModel(config, vocabulary).to(device)
+    if on_gpu if compile_blocks is None else compile_blocks:
+        for block in model.transformer.blocks:
+            block.compile(dynamic=False)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=on_gpu,
+    )  # fmt: skip
+    parameters = decayed + others
+    average = Average(model, config.ema)
+    stage = Stage(folder, config.minutes, max_minutes, {"model": model, "optimizer": optimizer, "average": average})
+    schedule = Schedule(config.lr)
+    pool = Pool(config, vae, tokenizer, device, seed=config.seed * 1_000_003 + 131_071 * stage.step)
+    log_due, save_due = every(10), every(150)
+    losses = torch.zeros(3, device=device)  # sum, count, gradient norm
+    while stage.running:
+        if len(pool) == 0:
+            for _ in range(config.pool_start // config.refresh_clips):
+                pool.add(config.refresh_clips)
+        elif stage.step % config.refresh_steps == 0:
+            pool.add(config.refresh_clips)
+        generator = torch.Generator().manual_seed(config.seed * 7_368_787 + stage.step)
+        latent, ids = pool.draw(generator)
+        latent = latent.float()
+        t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(config.batch, generator=generator)).to(device)
+        noise = torch.randn(latent.shape, device=device)
+        weight = t.view(-1, 1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            velocity = model((1 - weight) * latent + weight * noise, 1000 * t, ids)
+        loss = F.mse_loss(velocity, noise - latent)
+        loss.backward()
+        norm = clip_and_step(optimizer, parameters, schedule.at(stage.progress), 1.0)
+        average.update(stage.step)
+        losses += torch.stack([loss.detach(), torch.ones_like(norm), norm])
+        stage.step += 1
+        if log_due():
+            total, count, norms = losses.tolist()
+            stage.log(loss=total / count, norm=norms / count, pool=len(pool))
+            losses.zero_()
+        if save_due():
+            stage.save()
+    stage.save()
+    average.swap()
+    return model.eval()
+
+
+@torch.no_grad()
+def preview(
+    model: FlowModel, config: FlowConfig, vae: WanVAE, tokenizer: Tokenizer, count: int, device: torch.device, path: Path
+) -> dict[str, float]:
+    """Sample held-out prompts, write a sheet of frames, and return the share right on each point and on all."""
+    scenes = draw_scenes(count, torch.Generator().manual_seed(123_321), held_out=True)
+    prompts = caption(scenes, random.Random(5))
+    ids = tokenizer([*prompts, *[""] * count])[0][:, : config.text_rows].to(device)
+    shape = (count, 16, (config.frames - 1) // 4 + 1, config.height // 8, config.width // 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(device)
+
+    def velocity(latent: Tensor, t: float, step: int) -> Tensor:
+        both = latent.float().repeat(2, 1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            wanted, empty = model(both, torch.full((2 * count,), 1000 * t, device=device), ids).chunk(2)
+        return empty + config.preview_guidance * (wanted - empty)
+
+    times = flow.timesteps(config.preview_steps, config.preview_shift)
+    latent = flow.sample(velocity, noise, times, "unipc")
+    video = torch.cat([vae.decode(part).clamp(-1, 1) for part in latent.split(16)])
+    right = matches(analyse_shapes(video), scenes.to(device))
+    right["all"] = torch.stack(list(right.values())).all(dim=0)
+    frames = ((video[:32] + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+    labels = [f"{'+' if ok else '-'} {text}" for ok, text in zip(right["all"].tolist(), prompts, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(list(frames), labels[:32]).save(path)
+    return {name: float(value.float().mean()) for name, value in right.items()}
+
+
+def export(model: FlowModel, folder: Path) -> None:
+    """Write `transformer.safetensors` (bfloat16) and `text_encoder.safetensors` in the official key layouts."""
+    transformer = {key: _to_file(value) for key, value in model.transformer.state_dict().items()}
+    write_tensors(folder / "transformer.safetensors", write_transformer(transformer))
+    encoder = model.text_encoder.model.state_dict()
+    encoder.pop("encoder.embed_tokens.weight", None)
+    write_tensors(folder / "text_encoder.safetensors", write_text_encoder({k: _to_file(v) for k, v in encoder.items()}))
+
+
+def _to_file(value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16) if value.is_floating_point() else value

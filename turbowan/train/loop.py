@@ -1,0 +1,145 @@
+"""What every training stage shares: a time budget, a schedule over it, averaged weights, a state that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+STATE_FILE = "state.pt"
+CURVE_FILE = "curve.jsonl"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over a stage's share of done work: linear warm-up, then cosine to `final` of the peak."""
+
+    peak: float
+    warmup: float = 0.02
+    final: float = 0.02
+
+    def at(self, progress: float) -> float:
+        if progress < self.warmup:
+            return self.peak * max(progress, 1e-3) / self.warmup
+        done = (progress - self.warmup) / (1 - self.warmup)
+        return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+class Average:
+    """Exponential moving average of a module's parameters, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.source = [p for p in module.parameters()]
+        self.values = [p.detach().float().clone() for p in self.source]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))  # follows closely at first
+        torch._foreach_lerp_(self.values, [p.detach().float() for p in self.source], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the module's parameters with the averaged ones."""
+        for value, parameter in zip(self.values, self.source, strict=True):
+            kept = parameter.detach().float().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+class Stage:
+    """A resumable stage measured in minutes: the same folder goes on where the last run stopped.
+
+    Args:
+        folder: where state and curve are kept.
+        minutes: the whole stage's length.
+        max_minutes: how long this run may take; the stage goes on in the next one.
+        parts: everything with `state_dict` and `load_state_dict`, or an `Average`, by name.
+    """
+
+    def __init__(self, folder: Path, minutes: float, max_minutes: float | None, parts: dict[str, Any]) -> None:
+        self.folder, self.parts = folder, parts
+        self.seconds = 60 * minutes
+        self.limit = 60 * max_minutes if max_minutes is not None else math.inf
+        self.trained, self.step = 0.0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE_FILE).exists():
+            self._resume()
+        self.started = time.monotonic()
+        self.before = self.trained
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.trained / self.seconds)
+
+    @property
+    def running(self) -> bool:
+        """Whether another step fits both the stage and this run. Also advances the clock."""
+        elapsed = time.monotonic() - self.started
+        self.trained = self.before + elapsed
+        return self.trained < self.seconds and elapsed < self.limit
+
+    def save(self) -> None:
+        """Write the state beside the old one, then rename: a kill at any moment leaves one whole state."""
+        state: dict[str, Any] = {"trained": self.trained, "step": self.step}
+        for name, part in self.parts.items():
+            state[name] = part.values if isinstance(part, Average) else part.state_dict()
+        partial = self.folder / f".{STATE_FILE}.{os.getpid()}"
+        torch.save(state, partial)
+        partial.replace(self.folder / STATE_FILE)
+
+    def _resume(self) -> None:
+        try:
+            state = torch.load(self.folder / STATE_FILE, map_location="cpu", weights_only=True)
+            self.trained, self.step = state["trained"], state["step"]
+            for name, part in self.parts.items():
+                if isinstance(part, Average):
+                    for mine, kept in zip(part.values, state[name], strict=True):
+                        mine.copy_(kept)
+                else:
+                    part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / STATE_FILE} is not a state of this stage ({error}); give another --out"
+            ) from error
+
+    def log(self, **values: float) -> None:
+        """Append one line to the curve and print it."""
+        line = {"step": self.step, "minutes": round(self.trained / 60, 3), **values}
+        with (self.folder / CURVE_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], lr: float, max_norm: float) -> Tensor:
+    """Clip the gradients' norm, set the learning rate, step. Returns the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """A test that is true at most once in so many seconds."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
