@@ -168,3 +168,11 @@ def force(**names: str) -> Iterator[None]:
 def explain(facts: Facts) -> dict[str, Choice]:
     """What each operation would use for these facts, and why; printed by `turbowan doctor`."""
     return {name: operation.select(facts, operation.forced) for name, operation in sorted(OPERATIONS.items())}
+
+
+def compile_eager(name: str) -> None:
+    """Let an operation's eager twin run through `torch.compile` from now on: for training, where kernels have no
+    backward. Any shape, any layout."""
+    operation = OPERATIONS[name]
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    operation.eager = torch.compile(operation.implementations[0].function, dynamic=True)

@@ -21,7 +21,7 @@ from ..media.image import contact_sheet
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import TEXT_LENGTH, Tokenizer
 from ..models.transformer import TransformerConfig, WanTransformer
-from ..models.vae import Clip, WanVAE
+from ..models.vae import WanVAE
 from ..sampling import flow
 from ..world.analyse import analyse_shapes, matches
 from ..world.captions import caption
@@ -82,7 +82,7 @@ class Pool:
         seed = self.seed + self.made
         scenes = draw_scenes(count, torch.Generator().manual_seed(seed), config.camera_share)
         video = render(scenes.to(self.device), config.frames, config.height, config.width).to(self.vae.dtype)
-        latents = self.vae._normalise(self.vae.encoder(video, Clip()))
+        latents = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
         rows = torch.arange(self.made, self.made + count) % config.pool_size
         self.latents[rows.to(self.device)] = latents.to(self.vae.dtype)
         rng = random.Random(seed)

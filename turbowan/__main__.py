@@ -1,0 +1,5 @@
+"""`python -m turbowan`."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,101 @@
+"""`turbowan train`: the stages of the embedded model, in order tokenizer, vae, flow, pack."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train the embedded model, stage by stage; each goes on where its last run stopped.")
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the stage: state, curve, results.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop this run after so many minutes; run again to go on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def tokenizer(out: Annotated[Path, typer.Option("--out", "-o", help="Where to write spiece.model.")]) -> None:
+    """The SentencePiece tokenizer of the captions (seconds on a CPU)."""
+    from ..train.tokenizer import train_tokenizer
+
+    train_tokenizer(out)
+    print(out)
+
+
+@app.command()
+def vae(
+    out: Out,
+    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-vae",
+    max_minutes: MaxMinutes = None,
+    device: Device = "auto",
+    clips: Annotated[int, typer.Option(help="Held-out clips to judge the result on.")] = 64,
+) -> None:
+    """The VAE; writes vae.safetensors with its latent statistics folded in, and report.json."""
+    import torch
+
+    from ..checkpoints.files import write_tensors
+    from ..engine import choose_device
+    from ..evaluate.reconstruction import GATE, evaluate_vae
+    from ..train.config import read_config
+    from ..train.vae import VAEConfig, fold_statistics, statistics_clips, train_vae
+
+    where = choose_device(device)
+    settings = read_config(config, VAEConfig)
+    model = train_vae(settings, out, where, max_minutes)
+    fold_statistics(model, statistics_clips(settings, where))
+    model.to(torch.bfloat16)
+    write_tensors(out / "vae.safetensors", model.state_dict())
+    sizes = (settings.frames, settings.height, settings.width)
+    report = {
+        "gate": GATE,
+        "shapes": evaluate_vae(model, clips, *sizes, device=where),
+        "camera": evaluate_vae(model, clips // 2, *sizes, device=where, camera=True),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+
+
+@app.command()
+def flow(
+    out: Out,
+    vae: Annotated[Path, typer.Option(help="The VAE's file.")],
+    tokenizer: Annotated[Path, typer.Option(help="spiece.model.")],
+    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow",
+    max_minutes: MaxMinutes = None,
+    device: Device = "auto",
+    preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end.")] = 64,
+) -> None:
+    """Transformer and text encoder by flow matching; writes both files and samples.png."""
+    import torch
+
+    from ..checkpoints import load_vae
+    from ..engine import choose_device
+    from ..models.tokenizer import Tokenizer
+    from ..train.config import read_config
+    from ..train.flow import FlowConfig, export, preview, train_flow
+    from ..train.tokenizer import VOCABULARY
+
+    where = choose_device(device)
+    settings = read_config(config, FlowConfig)
+    encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
+    words = Tokenizer.from_sentencepiece(tokenizer.read_bytes())
+    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
+    export(model, out)
+    print(json.dumps(preview(model, settings, encoder, words, preview_clips, where, out / "samples.png")))
+
+
+@app.command()
+def pack(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model's folder.")],
+    flow: Annotated[Path, typer.Option(help="Folder of the flow stage.")],
+    vae: Annotated[Path, typer.Option(help="The VAE's file.")],
+    tokenizer: Annotated[Path, typer.Option(help="spiece.model.")],
+    name: Annotated[str, typer.Option(help="The model's name.")] = "tiny",
+    quantize: Annotated[bool, typer.Option(help="int8 blocks in the transformer's linear layers.")] = True,
+) -> None:
+    """A model folder with manifest from the stages' files, the transformer in int8 blocks."""
+    from ..train.pack import pack_model
+
+    print(pack_model(out, name, flow, vae, tokenizer, quantize))

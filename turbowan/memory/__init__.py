@@ -1,0 +1,1 @@
+"""Where weights live: the plan, and the one place that holds them."""

@@ -1,0 +1,116 @@
+"""A request and a manifest, together: every value that a generation needs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+
+from .checkpoints.manifest import Manifest
+from .errors import RequestError
+from .request import GenerateRequest
+from .specs import RESOLUTIONS, SIZE_STEP
+
+FEW_STEPS, MANY_STEPS = 4, 10  # what distilled weights were made for; the least that others give a picture with
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All values resolved; sizes in pixels, times in 0..1."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    sampler: str
+    num_steps: int
+    ode: bool
+    sigma_max: float
+    shift: float
+    guidance_scale: float
+    boundary: float
+    attention: str
+    sla_topk: float
+    seed: int
+    noise_device: str
+    num_samples: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def resolve(request: GenerateRequest, manifest: Manifest, image_size: tuple[int, int] | None = None) -> Settings:
+    """Fill what the request leaves open from the manifest.
+
+    Args:
+        image_size: (width, height) of the request's image, for adaptive resolution.
+
+    Warns:
+        when distilled weights are asked for more steps than they were made for, or others for fewer than 10.
+    """
+
+    def chosen(name: str) -> object:
+        value = getattr(request, name)
+        return getattr(manifest, name) if value is None else value
+
+    width, height = choose_size(request, manifest, image_size)
+    values = {
+        name: chosen(name)
+        for name in (
+            "num_frames", "fps", "sampler", "num_steps", "sigma_max", "shift", "guidance_scale", "boundary", "sla_topk",
+        )
+    }  # fmt: skip
+    attention = manifest.attention if request.attention == "auto" else request.attention
+    settings = Settings(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or manifest.negative_prompt,
+        width=width,
+        height=height,
+        ode=request.ode,
+        attention=attention,
+        seed=request.seed,
+        noise_device=request.noise_device,
+        num_samples=request.num_samples,
+        **values,  # type: ignore[arg-type]
+    )
+    if manifest.distilled and settings.num_steps > FEW_STEPS:
+        warnings.warn(
+            f"{manifest.name} is distilled for {manifest.num_steps} steps; {settings.num_steps} rarely look better",
+            stacklevel=3,
+        )
+    if not manifest.distilled and settings.num_steps < MANY_STEPS:
+        warnings.warn(
+            f"{manifest.name} is not distilled: {settings.num_steps} steps are too few for a clear picture"
+            f" (its default is {manifest.num_steps})",
+            stacklevel=3,
+        )
+    return settings
+
+
+def choose_size(
+    request: GenerateRequest, manifest: Manifest, image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Width and height in pixels."""
+    if request.width is not None and request.height is not None:
+        return request.width, request.height
+    if request.resolution is None and manifest.width and manifest.height:
+        width, height = manifest.width, manifest.height
+        if request.aspect_ratio != "16:9":
+            columns, rows = (int(x) for x in request.aspect_ratio.split(":"))
+            width, height = fit_area(width * height, columns / rows)
+    else:
+        width, height = RESOLUTIONS[request.resolution or manifest.resolution][request.aspect_ratio]
+    if request.adaptive_resolution:
+        if image_size is None:
+            raise RequestError("adaptive_resolution needs an image")
+        width, height = fit_area(width * height, image_size[0] / image_size[1])
+    return width, height
+
+
+def fit_area(area: int, ratio: float) -> tuple[int, int]:
+    """Width and height of about this area in the given ratio (width over height), rounded to multiples of 16."""
+    width = SIZE_STEP * round(math.sqrt(area * ratio) / SIZE_STEP)
+    height = SIZE_STEP * round(math.sqrt(area / ratio) / SIZE_STEP)
+    return max(SIZE_STEP, width), max(SIZE_STEP, height)

@@ -1,0 +1,46 @@
+"""Stage configurations from TOML."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import CheckpointError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "configs"
+T = TypeVar("T")
+
+
+def read_config(name: str, kind: type[T]) -> T:
+    """Read a stage's configuration.
+
+    Args:
+        name: a shipped configuration (`tiny-vae`) or a path to a TOML file.
+        kind: the dataclass it fills.
+
+    Raises:
+        CheckpointError: no such file, not TOML, or keys that the stage does not have.
+    """
+    shipped = SHIPPED / f"{name}.toml"
+    path = shipped if shipped.exists() else Path(name)
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
+        raise CheckpointError(f"there is no configuration '{name}'; shipped ones: {known}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise CheckpointError(f"{path} is not TOML: {error}") from error
+    unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
+    if unknown:
+        raise CheckpointError(f"{path} has keys this stage does not know: {', '.join(unknown)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
