@@ -40,7 +40,7 @@ from .sampling.experts import expert_for
 from .settings import Settings, resolve
 
 EMBEDDED = Path(__file__).parent / "assets"
-DECODE_PIXELS = 400_000  # small samples are decoded together, up to so many pixels a frame: one at 480p
+DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
 STAGES = ("text", "condition", "load", "denoise", "switch", "decode", "write", "total")
 
 
@@ -366,8 +366,9 @@ class _Run:
         videos = []
         done, total = 0, self.settings.num_samples * latent.shape[2]
         self.report(Progress("decode", 0, total))
+        together = max(1, DECODE_PIXELS[self.device.type] // (self.settings.width * self.settings.height))
         with self.clock.stage("decode"):
-            for samples in latent.split(max(1, DECODE_PIXELS // (self.settings.width * self.settings.height))):
+            for samples in latent.split(together):
                 chunks = []
                 for chunk in vae.decode_stream(samples):
                     chunks.append(to_uint8(chunk).cpu())

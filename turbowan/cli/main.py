@@ -8,6 +8,7 @@ import warnings
 import typer
 
 from ..errors import TurbowanError
+from .bench import app as bench_app
 from .evaluate import app as evaluate_app
 from .train import app as train_app
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 

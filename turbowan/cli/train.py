@@ -38,12 +38,15 @@ def vae(
     from ..checkpoints.files import write_tensors
     from ..engine import choose_device
     from ..evaluate.reconstruction import GATE, evaluate_vae
+    from ..train import distributed
     from ..train.config import read_config
     from ..train.vae import VAEConfig, fold_statistics, statistics_clips, train_vae
 
-    where = choose_device(device)
+    where = distributed.join(choose_device(device))
     settings = read_config(config, VAEConfig)
     model = train_vae(settings, out, where, max_minutes)
+    if distributed.rank() != 0:
+        return
     fold_statistics(model, statistics_clips(settings, where))
     model.to(torch.bfloat16)
     write_tensors(out / "vae.safetensors", model.state_dict())
@@ -62,7 +65,8 @@ def flow(
     out: Out,
     vae: Annotated[Path, typer.Option(help="The VAE's file.")],
     tokenizer: Annotated[Path, typer.Option(help="spiece.model.")],
-    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow",
+    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow-1",
+    start_from: Annotated[Path | None, typer.Option(help="Folder of the stage whose weights a new one starts from.")] = None,
     max_minutes: MaxMinutes = None,
     device: Device = "auto",
     preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end.")] = 64,
@@ -73,17 +77,21 @@ def flow(
     from ..checkpoints import load_vae
     from ..engine import choose_device
     from ..models.tokenizer import Tokenizer
+    from ..train import distributed
     from ..train.config import read_config
     from ..train.flow import FlowConfig, export, preview, train_flow
     from ..train.tokenizer import VOCABULARY
 
-    where = choose_device(device)
+    where = distributed.join(choose_device(device))
     settings = read_config(config, FlowConfig)
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
     words = Tokenizer.from_sentencepiece(tokenizer.read_bytes())
-    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
+    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes, start_from)
+    if distributed.rank() != 0:
+        return
     export(model, out)
-    print(json.dumps(preview(model, settings, encoder, words, preview_clips, where, out / "samples.png")))
+    if preview_clips:
+        print(json.dumps(preview(model, settings, encoder, words, preview_clips, where, out / "samples.png")))
 
 
 @app.command()

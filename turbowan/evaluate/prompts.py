@@ -31,6 +31,7 @@ def evaluate_prompts(
     batch: int = 8,
     sheet: Path | None = None,
     camera: bool = False,
+    scene_seed: int = 24_680,
 ) -> dict[str, Any]:
     """Generate captions of combinations never seen in training and look at what came out.
 
@@ -39,6 +40,7 @@ def evaluate_prompts(
         request: steps, attention, precision … for all of them; its seed numbers the batches' noise.
         batch: generated together.
         sheet: where to write a picture of the first clips.
+        scene_seed: which prompts are drawn.
         camera: captions of a moving camera (none of these are held out) instead of a moving shape.
 
     Returns:
@@ -46,9 +48,9 @@ def evaluate_prompts(
         often each value missed it. motion: mean change between frames.
     """
     scenes = draw_scenes(
-        prompts, torch.Generator().manual_seed(24_680), 1.0 if camera else 0.0, held_out=None if camera else True
+        prompts, torch.Generator().manual_seed(scene_seed), 1.0 if camera else 0.0, held_out=None if camera else True
     )
-    texts = caption(scenes, random.Random(13_579))
+    texts = caption(scenes, random.Random(scene_seed))
     right: dict[str, list[bool]] = {}
     clips: list[np.ndarray] = []
     motion = 0.0

@@ -6,6 +6,7 @@ Weights carry one scale per output row, activations one per token; both are amax
 import torch
 from torch import Tensor
 
+from .int8_blockwise import integer_product
 from .registry import Operation
 
 
@@ -24,7 +25,7 @@ def _linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
     out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
     for start in range(0, x.shape[1], 1024):  # sums of 1024 products of int8 codes are exact in float32
         part = slice(start, start + 1024)
-        out += codes[:, part].float() @ weight[:, part].float().T
+        out += integer_product(codes[:, part], weight[:, part])
     out = out * scale * weight_scale.view(1, -1)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 

@@ -14,18 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.files import write_tensors
-from ..checkpoints.official import write_transformer
-from ..checkpoints.wan import write_text_encoder
+from ..checkpoints.files import read_tensors, write_tensors
+from ..checkpoints.official import read_transformer, write_transformer
+from ..checkpoints.wan import read_text_encoder, write_text_encoder
+from ..errors import CheckpointError
 from ..media.image import contact_sheet
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import TEXT_LENGTH, Tokenizer
 from ..models.transformer import TransformerConfig, WanTransformer
 from ..models.vae import WanVAE
+from ..ops.registry import compile_eager
 from ..sampling import flow
 from ..world.analyse import analyse_shapes, matches
 from ..world.captions import caption
 from ..world.scenes import draw_scenes, render
+from .distributed import rank
 from .loop import Average, Schedule, Stage, clip_and_step, every
 
 
@@ -44,13 +47,17 @@ class FlowConfig:
     height: int = 160
     width: int = 256
     camera_share: float = 0.15
-    batch: int = 256
+    batch: int = 256  # per process
     lr: float = 1e-3
     weight_decay: float = 0.01
     ema: float = 0.999
     empty_prompts: float = 0.1
     time_mean: float = 0.6  # t = sigmoid(mean + std * normal)
     time_std: float = 1.2
+    time_shift: float = 8.0  # t = shift u / (1 + (shift - 1) u), u uniform: most samples at high noise
+    shifted_share: float = 0.0  # share of samples whose time is drawn so
+    order_bias: bool = False  # start the text encoder with heads that look at neighbouring words
+    text_lr: float = 1.0  # of the learning rate
     pool_start: int = 8192
     pool_size: int = 40960
     refresh_steps: int = 4
@@ -101,6 +108,14 @@ class Pool:
         return self.latents[rows.to(self.device)], ids.to(self.device, non_blocking=True)
 
 
+def draw_times(config: FlowConfig, generator: torch.Generator) -> Tensor:
+    """Noise levels of a batch, [B] in 0..1."""
+    normal = torch.sigmoid(config.time_mean + config.time_std * torch.randn(config.batch, generator=generator))
+    u = torch.rand(config.batch, generator=generator)
+    shifted = config.time_shift * u / (1 + (config.time_shift - 1) * u)
+    return torch.where(torch.rand(config.batch, generator=generator) < config.shifted_share, shifted, normal)
+
+
 class FlowModel(nn.Module):
     """Transformer and text encoder as one trainable module."""
 
@@ -115,6 +130,21 @@ class FlowModel(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.transformer.head.head.weight)
 
+    @torch.no_grad()
+    def start_with_word_order(self) -> None:
+        """Small content logits, and position biases that make every head look at near words before or after.
+
+        T5's attention is unscaled: content logits grow until position no longer counts, and a caption becomes a bag of
+        words in which the colours of thing and background cannot be told apart.
+        """
+        for depth, block in enumerate(self.text_encoder.model.encoder.block):
+            attention = block.layer[0].SelfAttention
+            nn.init.normal_(attention.q.weight, std=0.01)
+            bias = attention.relative_attention_bias.weight  # [bucket, head]; bucket d: d words before, 16 + d: after
+            bias.zero_()
+            for distance in range(1, 2 + 3 * depth):
+                bias[distance, ::2] = bias[16 + distance, 1::2] = 6.0 - 0.5 * (distance - 1)
+
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
         text = self.text_encoder(ids, (ids != 0).long())
         return self.transformer(latent, timestep, text, text_rows=TEXT_LENGTH)
@@ -128,29 +158,41 @@ def train_flow(
     vocabulary: int,
     device: torch.device,
     max_minutes: float | None = None,
+    start_from: Path | None = None,
     compile_blocks: bool | None = None,
 ) -> FlowModel:
     """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
 
-    State, curve and a sheet of samples of held-out prompts are kept in `folder`.
+    State and curve are kept in `folder`. A new stage may start from the files another stage exported (`start_from`).
     """
     torch.manual_seed(config.seed)
     on_gpu = device.type == "cuda"
-    model = FlowModel(config, vocabulary).to(device)
+    model = FlowModel(config, vocabulary)
+    if start_from is not None:
+        load_exported(model, start_from)
+    if config.order_bias:
+        model.start_with_word_order()
+    model.to(device)
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        compile_eager("channel_norm")
     if on_gpu if compile_blocks is None else compile_blocks:
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=on_gpu,
-    )  # fmt: skip
-    parameters = decayed + others
+    groups = [
+        {"params": [p for p in part.parameters() if (p.ndim == 2) == decayed], "scale": scale,
+         "weight_decay": config.weight_decay if decayed else 0.0}
+        for part, scale in ((model.transformer, 1.0), (model.text_encoder, config.text_lr))
+        for decayed in (True, False)
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=on_gpu)
+    parameters = list(model.parameters())
     average = Average(model, config.ema)
-    stage = Stage(folder, config.minutes, max_minutes, {"model": model, "optimizer": optimizer, "average": average})
+    parts = {"model": model, "optimizer": optimizer, "average": average}
+    stage = Stage(folder, config.minutes, max_minutes, parts, device)
+    torch.manual_seed(config.seed + 7919 * stage.step + rank())
     schedule = Schedule(config.lr)
-    pool = Pool(config, vae, tokenizer, device, seed=config.seed * 1_000_003 + 131_071 * stage.step)
+    pool = Pool(config, vae, tokenizer, device, seed=config.seed * 1_000_003 + 131_071 * stage.step + 10_000_019 * rank())
     log_due, save_due = every(10), every(150)
     losses = torch.zeros(3, device=device)  # sum, count, gradient norm
     while stage.running:
@@ -159,10 +201,10 @@ def train_flow(
                 pool.add(config.refresh_clips)
         elif stage.step % config.refresh_steps == 0:
             pool.add(config.refresh_clips)
-        generator = torch.Generator().manual_seed(config.seed * 7_368_787 + stage.step)
+        generator = torch.Generator().manual_seed(config.seed * 7_368_787 + stage.step + 30_000_023 * rank())
         latent, ids = pool.draw(generator)
         latent = latent.float()
-        t = torch.sigmoid(config.time_mean + config.time_std * torch.randn(config.batch, generator=generator)).to(device)
+        t = draw_times(config, generator).to(device)
         noise = torch.randn(latent.shape, device=device)
         weight = t.view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
@@ -220,6 +262,18 @@ def export(model: FlowModel, folder: Path) -> None:
     encoder = model.text_encoder.model.state_dict()
     encoder.pop("encoder.embed_tokens.weight", None)
     write_tensors(folder / "text_encoder.safetensors", write_text_encoder({k: _to_file(v) for k, v in encoder.items()}))
+
+
+def load_exported(model: FlowModel, folder: Path) -> None:
+    """Take the weights that `export` wrote."""
+    transformer = read_transformer(read_tensors(folder / "transformer.safetensors"))
+    encoder = read_text_encoder(read_tensors(folder / "text_encoder.safetensors"))
+    encoder["encoder.embed_tokens.weight"] = encoder["shared.weight"]
+    try:
+        model.transformer.load_state_dict(transformer)
+        model.text_encoder.model.load_state_dict(encoder)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds weights of other sizes than this stage's: {error}") from error
 
 
 def _to_file(value: Tensor) -> Tensor:

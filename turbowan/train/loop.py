@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .distributed import average_gradients, from_rank_0, rank, world_size
 
 STATE_FILE = "state.pt"
 CURVE_FILE = "curve.jsonl"
@@ -62,14 +63,19 @@ class Stage:
 
     Args:
         folder: where state and curve are kept.
-        minutes: the whole stage's length.
+        minutes: the whole stage's length in minutes of one GPU; N processes take an Nth of it.
         max_minutes: how long this run may take; the stage goes on in the next one.
         parts: everything with `state_dict` and `load_state_dict`, or an `Average`, by name.
+        device: of this process.
     """
 
-    def __init__(self, folder: Path, minutes: float, max_minutes: float | None, parts: dict[str, Any]) -> None:
-        self.folder, self.parts = folder, parts
-        self.seconds = 60 * minutes
+    CLOCK_STEPS = 16  # processes agree on the time so often
+
+    def __init__(
+        self, folder: Path, minutes: float, max_minutes: float | None, parts: dict[str, Any], device: torch.device
+    ) -> None:
+        self.folder, self.parts, self.device = folder, parts, device
+        self.seconds = 60 * minutes / world_size()
         self.limit = 60 * max_minutes if max_minutes is not None else math.inf
         self.trained, self.step = 0.0, 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,12 +91,14 @@ class Stage:
     @property
     def running(self) -> bool:
         """Whether another step fits both the stage and this run. Also advances the clock."""
-        elapsed = time.monotonic() - self.started
-        self.trained = self.before + elapsed
-        return self.trained < self.seconds and elapsed < self.limit
+        if world_size() == 1 or self.step % self.CLOCK_STEPS == 0:
+            self.trained = self.before + from_rank_0(time.monotonic() - self.started, self.device)
+        return self.trained < self.seconds and self.trained - self.before < self.limit
 
     def save(self) -> None:
         """Write the state beside the old one, then rename: a kill at any moment leaves one whole state."""
+        if rank() != 0:
+            return
         state: dict[str, Any] = {"trained": self.trained, "step": self.step}
         for name, part in self.parts.items():
             state[name] = part.values if isinstance(part, Average) else part.state_dict()
@@ -114,7 +122,9 @@ class Stage:
             ) from error
 
     def log(self, **values: float) -> None:
-        """Append one line to the curve and print it."""
+        """Append one line to the curve and print it; minutes are those of this stage's clock."""
+        if rank() != 0:
+            return
         line = {"step": self.step, "minutes": round(self.trained / 60, 3), **values}
         with (self.folder / CURVE_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -122,10 +132,11 @@ class Stage:
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], lr: float, max_norm: float) -> Tensor:
-    """Clip the gradients' norm, set the learning rate, step. Returns the norm before clipping."""
+    """Average the gradients over processes, clip their norm, step. Returns the norm before clipping."""
+    average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

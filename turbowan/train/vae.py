@@ -27,6 +27,7 @@ from ..models.vae import (
 )
 from ..ops.registry import compile_eager
 from ..world.scenes import draw_scenes, render, render_collage
+from .distributed import rank
 from .loop import Average, Schedule, Stage, clip_and_step, every
 
 
@@ -146,13 +147,13 @@ def train_vae(config: VAEConfig, folder: Path, device: torch.device, max_minutes
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
     average = Average(vae, config.ema)
-    stage = Stage(folder, config.minutes, max_minutes, {"vae": vae, "optimizer": optimizer, "average": average})
+    stage = Stage(folder, config.minutes, max_minutes, {"vae": vae, "optimizer": optimizer, "average": average}, device)
     schedule = Schedule(config.lr)
     log_due, save_due = every(10), every(120)
     layout = torch.channels_last_3d if on_gpu else torch.contiguous_format
     while stage.running:
         phase = next(p for p in config.phases if stage.progress <= p.until)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.step + 500_009 * rank())
         clips = draw_clips(config, phase, generator, device).contiguous(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             terms = loss_terms(vae, clips)
