@@ -8,6 +8,10 @@ class TurbowanError(Exception):
     """Base of all errors raised on purpose by this package."""
 
 
+class Stopped(Exception):
+    """The user asked for an end. No error: a program that meets it ends with exit code 130."""
+
+
 class RequestError(TurbowanError, ValueError):
     """A request that cannot be carried out: sizes, frame counts, steps, prompts."""
 

@@ -94,23 +94,26 @@ def choose_size(
 ) -> tuple[int, int]:
     """Width and height in pixels."""
     if request.width is not None and request.height is not None:
-        return request.width, request.height
-    if request.resolution is None and manifest.width and manifest.height:
+        width, height = request.width, request.height
+    elif request.resolution is None and manifest.width and manifest.height:
         width, height = manifest.width, manifest.height
         if request.aspect_ratio != "16:9":
             columns, rows = (int(x) for x in request.aspect_ratio.split(":"))
-            width, height = fit_area(width * height, columns / rows)
+            width, height = fit_area(width * height, rows / columns)
     else:
         width, height = RESOLUTIONS[request.resolution or manifest.resolution][request.aspect_ratio]
     if request.adaptive_resolution:
         if image_size is None:
             raise RequestError("adaptive_resolution needs an image")
-        width, height = fit_area(width * height, image_size[0] / image_size[1])
+        width, height = fit_area(width * height, image_size[1] / image_size[0])
     return width, height
 
 
 def fit_area(area: int, ratio: float) -> tuple[int, int]:
-    """Width and height of about this area in the given ratio (width over height), rounded to multiples of 16."""
-    width = SIZE_STEP * round(math.sqrt(area * ratio) / SIZE_STEP)
-    height = SIZE_STEP * round(math.sqrt(area / ratio) / SIZE_STEP)
+    """Width and height of about this area in the given ratio (height over width), rounded to multiples of 16.
+
+    The order of operations is the official code's: at halves, another one rounds to a size 16 pixels apart.
+    """
+    width = SIZE_STEP * round(math.sqrt(area / ratio) / SIZE_STEP)
+    height = SIZE_STEP * round(math.sqrt(area * ratio) / SIZE_STEP)
     return max(SIZE_STEP, width), max(SIZE_STEP, height)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .files import State
+from .scales import FP8, MARKER
 
 ROLES = {
     "transformer": "diffusion transformer",
@@ -18,7 +19,6 @@ ROLES = {
     "text_encoder": "text encoder",
     "image_encoder": "CLIP image encoder",
 }
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "module.")
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -86,7 +86,7 @@ def detect(state: Mapping[str, Tensor], name: str = "the file") -> Detected:
     if "token_embedding.weight" in keys and "norm.weight" in keys:
         return Detected("text_encoder", "wan", _quantization(keys))
     if "shared.weight" in keys and any(key.startswith("encoder.block.0.") for key in keys):
-        family = "comfy" if "spiece_model" in keys or "scaled_fp8" in keys else "transformers"
+        family = "comfy" if "spiece_model" in keys or _is_comfy_quantized(keys) else "transformers"
         return Detected("text_encoder", family, _quantization(keys))
     if "visual.patch_embedding.weight" in keys:
         return Detected("image_encoder", "wan", "none")
@@ -110,9 +110,9 @@ def _detect_transformer(keys: State, comfy_prefix: bool, name: str) -> Detected:
     patch = keys.get("patch_embedding.weight")
     if "condition_embedder.time_proj.weight" in keys:
         family = "diffusers"
-    elif comfy_prefix or "scaled_fp8" in keys or any(key.endswith(".comfy_quant") for key in keys):
+    elif comfy_prefix or _is_comfy_quantized(keys):
         family = "comfy"
-    elif quantization == "int8_row":
+    elif quantization == "int8_row" or any(key.endswith(".weight_scale") for key in keys):
         family = "lightx2v"
     elif patch is not None and patch.ndim == 5:
         family = "wan"
@@ -124,9 +124,14 @@ def _detect_transformer(keys: State, comfy_prefix: bool, name: str) -> Detected:
 def _detect_vae(keys: State, name: str) -> Detected:
     family = "diffusers" if "decoder.conv_in.weight" in keys else "wan"
     first = keys.get("decoder.conv_in.weight" if family == "diffusers" else "decoder.conv1.weight")
-    if (first is not None and first.shape[1] == 48) or any(k.startswith("decoder.upsamples.0.upsamples.") for k in keys):
+    nested = any(key.startswith("decoder.upsamples.0.upsamples.") for key in keys)
+    if nested or (first is not None and first.shape[1] == 48):
         raise CheckpointError(f"{name} is the Wan 2.2 VAE of the 5B model (48 channels), which turbowan does not run")
     return Detected("vae", family, "none")
+
+
+def _is_comfy_quantized(keys: Mapping[str, Tensor]) -> bool:
+    return any(key == MARKER or key.endswith(".comfy_quant") for key in keys)
 
 
 def _quantization(keys: Mapping[str, Tensor]) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -21,6 +23,12 @@ State = dict[str, Tensor]
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_FORMATS = "_quantization_metadata"  # where ComfyUI may state its layers' formats instead of in `comfy_quant` tensors
 _NESTED = ("state_dict", "model", "module")  # where training tools put the tensors inside a .pth
 
 
@@ -48,11 +56,15 @@ def read_tensors(path: Path) -> State:
     raise CheckpointError(f"{path} ends in '{path.suffix}'; weights end in one of {known}")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The shard indices in a folder, or where there are none its weight files."""
+    single = (path for path in folder.iterdir() if path.suffix in SAFETENSORS + PICKLED)
+    return sorted(folder.glob("*.index.json")) or sorted(single)
+
+
 def _weights_in(folder: Path) -> Path:
     """The one set of weights in a folder, an index before single files."""
-    found = sorted(folder.glob("*.index.json")) or sorted(
-        p for p in folder.iterdir() if p.suffix in (*SAFETENSORS, *PICKLED)
-    )
+    found = weight_files(folder)
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:4]) or "none"
         raise CheckpointError(f"{folder} holds {len(found)} weight files ({names}); name one of them")
@@ -62,33 +74,28 @@ def _weights_in(folder: Path) -> Path:
 def _read_safetensors(path: Path, size: int) -> State:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            formats = json.loads((file.metadata() or {}).get(_FORMATS, "{}")).get("layers", {})
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path} ({size:,} bytes) is not a readable .safetensors file ({_one_line(error)}); download it again"
         ) from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata of a `.safetensors` file; empty for other files."""
-    if path.suffix not in SAFETENSORS:
-        return {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable .safetensors file ({_one_line(error)})") from error
+    for layer, facts in formats.items():
+        state.setdefault(f"{layer}.comfy_quant", torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8))
+    return state
 
 
 def _read_pickled(path: Path, size: int) -> State:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, just before it fails on them
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} ({size:,} bytes) holds pickled objects other than tensors, or is damaged;"
             f" only plain tensor files are read, never code ({_one_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path} ({size:,} bytes) is not a readable PyTorch file ({_one_line(error)}); download it again"
         ) from error
@@ -97,7 +104,7 @@ def _read_pickled(path: Path, size: int) -> State:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a mapping of names to tensors")
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors (keys: {', '.join(map(str, list(loaded)[:4])) or 'none'})")
     return tensors
@@ -105,14 +112,14 @@ def _read_pickled(path: Path, size: int) -> State:
 
 def _read_sharded(index: Path) -> State:
     try:
-        shards = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        shards = {str(key): str(name) for key, name in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a shard index with a 'weight_map' ({_one_line(error)})") from error
     state: State = {}
     names = sorted(set(shards.values()))
     for name in names:
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"{index.name} names {len(names)} shards; {name} is missing from {index.parent}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {len(names)} shards, of which {name} is missing; download it too")
         state.update(read_tensors(index.parent / name))
     missing = sorted(set(shards) - set(state))
     if missing:
@@ -126,15 +133,93 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         CheckpointError: unknown suffix, or the place cannot be written.
     """
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with replacing(path) as partial:
         if path.suffix in SAFETENSORS:
-            separate = {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in tensors.items()}
-            save_file(separate, str(partial), metadata=dict(metadata) if metadata else None)
+            _write_safetensors(partial, state, state.items(), metadata or {})
         elif path.suffix in PICKLED:
-            torch.save({k: v.clone() for k, v in tensors.items()}, partial)
+            _write_pickled(partial, state)
         else:
             raise CheckpointError(f"cannot write {path}: weights end in one of {' '.join(SAFETENSORS + PICKLED)}")
+
+
+def stream_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`write_tensors` of tensors that are made one after another: for `.safetensors`, one at a time is in memory.
+
+    Args:
+        layout: a tensor for each key, of which only shape and dtype count (the meta device will do).
+        tensors: the same keys with their values, in any order. A `.pth` file needs all of them before it is written.
+
+    Raises:
+        CheckpointError: unknown suffix, or the place cannot be written.
+    """
+    if path.suffix in SAFETENSORS:
+        with replacing(path) as partial:
+            _write_safetensors(partial, layout, tensors, {})
+        return
+    state = {key: torch.empty_like(value, device="cpu") for key, value in layout.items()}
+    for key, value in tensors:
+        state[key].copy_(value)  # into memory taken before: what is freed between would not be given back
+    write_tensors(path, state)
+
+
+def check_output(source: Path, target: Path) -> None:
+    """Raise CheckpointError unless weights made from one file can be written to another: before any work is done."""
+    if target.suffix not in SAFETENSORS + PICKLED:
+        raise CheckpointError(f"cannot write {target}: weights end in one of {' '.join(SAFETENSORS + PICKLED)}")
+    if target.is_dir():
+        raise CheckpointError(f"cannot write {target}: it is a folder")
+    if source.resolve() == target.resolve():
+        raise CheckpointError(f"{target} is the input itself; name another output")
+
+
+def _write_safetensors(
+    path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """The format: header length (8 bytes), header (JSON, filled with spaces to 8 bytes), data without gaps.
+
+    Our own because `safetensors` needs every tensor at once, copies those that share memory (all memory-mapped ones do)
+    and makes files that only their owner may read.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers refuses files without format
+    offset = 0
+    widest_first = sorted(layout.items(), key=lambda item: (-item[1].itemsize, item[0]))  # keeps all of them aligned
+    for key, value in widest_first:
+        if value.dtype not in _SAFETENSORS_NAMES:
+            raise CheckpointError(f"{key} is {value.dtype}, which a .safetensors file cannot hold")
+        end = offset + value.numel() * value.itemsize
+        header[key] = {
+            "dtype": _SAFETENSORS_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + offset)
+        for key, value in tensors:
+            if value.shape != layout[key].shape or value.dtype != layout[key].dtype:
+                raise ValueError(f"{key} came as {value.dtype} {list(value.shape)}, not as in the layout")
+            file.seek(start + header[key]["data_offsets"][0])
+            file.write(_bytes(value).numpy().data)
+
+
+def _write_pickled(path: Path, state: Mapping[str, Tensor]) -> None:
+    try:
+        torch.save({key: _alone(value) for key, value in state.items()}, path)
+    except RuntimeError as error:
+        raise OSError(_one_line(error)) from error
+
+
+def _alone(value: Tensor) -> Tensor:
+    """A tensor over the same memory whose storage is no larger: torch.save writes storages whole."""
+    return _bytes(value).view(value.dtype).view(value.shape) if value.numel() else value.detach().clone()
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 [n], without a copy where it is contiguous and on the CPU."""
+    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return torch.from_numpy(flat.numpy())
 
 
 @contextmanager
@@ -148,7 +233,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
-from ..models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
-from ..models.transformer import (
-    HEAD_SIZE,
-    AttentionConfig,
-    TransformerConfig,
-    WanTransformer,
-)
+from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..models.vae import LATENT_CHANNELS, MULTIPLIERS, WanVAE
 from ..ops.layer_norm import VARIANCES
+from .assign import assign, check_fit, fit_quantized
 from .comfy import SPIECE
-from .detect import FP8, ROLES, Detected, detect
+from .detect import ROLES, Detected, detect
 from .families import READERS
-from .files import State, read_tensors
+from .files import PICKLED, SAFETENSORS, State, read_tensors
+from .scales import read_scales
 
 if TYPE_CHECKING:
     from ..models.image_encoder import ImageEncoder
     from ..models.text_encoder import TextEncoder
 
-# These compute in float32 whatever the model's dtype, so a file's float32 is kept for them.
-_FLOAT32_PARTS = ("time_embedding.", "time_projection.", "head.", "modulation", "norm")
-_SCALES = (".scale", ".weight_scale", ".scale_weight")
+TIED = "encoder.embed_tokens.weight"  # umT5's embedding under its second name, which files leave out
 
 
-def read(path: Path | str, role: str) -> tuple[State, Detected]:
+def read(path: Path | str, role: str | None = None) -> tuple[State, Detected]:
     """The tensors of a file under our names, and what the file was.
+
+    Args:
+        role: a key of `ROLES` that the file must have; any by default.
 
     Raises:
         CheckpointError: unreadable, unknown, or of another role.
@@ -43,9 +41,12 @@ def read(path: Path | str, role: str) -> tuple[State, Detected]:
     path = Path(path)
     raw = read_tensors(path)
     found = detect(raw, str(path))
-    if found.role != role:
+    if role is not None and found.role != role:
         raise CheckpointError(f"{path} is {found}; a {ROLES[role]} is wanted here")
-    return READERS[role, found.family](raw), found
+    try:
+        return read_scales(READERS[found.role, found.family](raw)), found
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_transformer(
@@ -71,16 +72,28 @@ def load_transformer(
     Raises:
         CheckpointError: the file cannot serve; the line says what was found and what was wanted.
     """
-    state, found = read(path, "transformer")
-    config = transformer_config(state, str(path))
+    state, _ = read(path, "transformer")
     if norms not in VARIANCES:
         raise CheckpointError(f"norms must be one of {', '.join(VARIANCES)}, got '{norms}'")
-    how = choose_attention(config, str(path), attention, sla_topk, block_q, block_k)
-    with torch.device("meta"):
-        net = WanTransformer(config, how, norms)
-    replace_quantized(net, state)
-    assign(net, state, str(path), device, dtype)
+    net, state = empty_transformer(state, str(path))
+    net.attention = choose_attention(net.config, str(path), attention, sla_topk, block_q, block_k)
+    net.norms = norms
+    assign(net, state, device, dtype)
     return net.eval()
+
+
+def empty_transformer(state: State, name: str) -> tuple[WanTransformer, State]:
+    """A transformer on the meta device that a state under our names fits, and what of the state goes into it.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape.
+    """
+    config = transformer_config(state, name)
+    with torch.device("meta"):
+        net = WanTransformer(config)
+    state = fit_quantized(net, state)
+    check_fit(net, state, name)
+    return net, state
 
 
 def choose_attention(
@@ -95,35 +108,32 @@ def choose_attention(
     if attention == "auto":
         attention = "sla" if config.has_sla else "original"
     how = AttentionConfig(attention)
-    given = {"top_k": sla_topk, "block_q": block_q, "block_k": block_k}
+    given: dict[str, Any] = {"top_k": sla_topk, "block_q": block_q, "block_k": block_k}
     how = replace(how, **{key: value for key, value in given.items() if value is not None})
     if how.kind != "original" and not config.has_sla:
-        raise CheckpointError(f"{name} has no SLA projection (proj_l), so it runs 'original' attention, not '{how.kind}'")
+        raise CheckpointError(
+            f"{name} has no SLA projection (proj_l): it runs 'original' attention, not '{how.kind}'"
+        )
     return how
 
 
 def transformer_config(state: Mapping[str, Tensor], name: str) -> TransformerConfig:
     """All sizes of a transformer from its tensors, under our names."""
 
-    def shape(key: str) -> torch.Size:
-        if key not in state:
-            raise CheckpointError(f"{name} is incomplete: {key} is missing among {len(state)} tensors")
-        return state[key].shape
+    def shape(key: str) -> tuple[int, ...]:
+        return _shape(state, key, 1 if key.endswith(".bias") else 2, name)
 
     dim, patch = shape("patch_embedding.weight")
     if dim % HEAD_SIZE:
         raise CheckpointError(f"{name} has width {dim}, which is no multiple of the head size {HEAD_SIZE}")
-    layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
-    if layers != set(range(len(layers))) or not layers:
-        missing = sorted(set(range(max(layers, default=0) + 1)) - layers)
-        raise CheckpointError(f"{name} is incomplete: of its blocks, {missing or 'all'} are missing")
+    layers = _count(state, r"blocks\.(\d+)\.", name)
     projections = sum(key.endswith(".proj_l.weight") for key in state)
-    if projections not in (0, len(layers)):
-        raise CheckpointError(f"{name} has SLA projections in {projections} of {len(layers)} blocks; all or none are wanted")
+    if projections not in (0, layers):
+        raise CheckpointError(f"{name} has SLA projections in {projections} of {layers} blocks; all or none are wanted")
     return TransformerConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.bias")[0],
-        num_layers=len(layers),
+        num_layers=layers,
         text_dim=shape("text_embedding.0.weight")[1],
         in_dim=patch // 4,
         out_dim=shape("head.head.bias")[0] // 4,
@@ -133,65 +143,23 @@ def transformer_config(state: Mapping[str, Tensor], name: str) -> TransformerCon
     )
 
 
-def replace_quantized(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Swap each linear layer whose weight the state holds in 8 bits for the layer that computes with it."""
-    for name, module in list(net.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        sizes = (module.in_features, module.out_features)
-        weight = state.get(f"{name}.weight")
-        with torch.device("meta"):
-            if f"{name}.int8_weight" in state:
-                net.set_submodule(name, Int8BlockLinear(*sizes))
-            elif weight is not None and weight.dtype == torch.int8:
-                net.set_submodule(name, Int8RowLinear(*sizes))
-            elif weight is not None and weight.dtype in FP8:
-                net.set_submodule(name, Fp8Linear(*sizes, bias=module.bias is not None, dtype=weight.dtype))
+def _shape(state: Mapping[str, Tensor], key: str, dims: int, name: str) -> tuple[int, ...]:
+    """A tensor's shape, which must have so many dimensions."""
+    if key not in state:
+        raise CheckpointError(f"{name} is incomplete: {key} is missing among {len(state)} tensors")
+    shape = tuple(state[key].shape)
+    if len(shape) != dims:
+        raise CheckpointError(f"{name}: {key} has shape {list(shape)}, expected {dims} dimensions")
+    return shape
 
 
-def assign(
-    net: nn.Module, state: Mapping[str, Tensor], name: str, device: torch.device | str, dtype: torch.dtype
-) -> None:
-    """Put a state's tensors into a module built on the meta device, on `device` and in `dtype`.
-
-    Raises:
-        CheckpointError: keys missing or left over, or a shape that differs, with counts and an example.
-    """
-    wanted = net.state_dict()
-    scales = {key for key in wanted if key.endswith(".scale_weight")}  # plain fp8 files have no scales
-    missing, extra = sorted(set(wanted) - set(state) - scales), sorted(set(state) - set(wanted))
-    if missing or extra:
-        parts = [
-            f"{len(keys)} tensors are {what} (e.g. {keys[0]})"
-            for keys, what in ((missing, "missing"), (extra, "not part of it"))
-            if keys
-        ]
-        raise CheckpointError(f"{name} does not fit this model: {', '.join(parts)}")
-    for key, value in wanted.items():
-        if key in state and state[key].shape != value.shape:
-            raise CheckpointError(
-                f"{name}: {key} has shape {list(state[key].shape)}, expected {list(value.shape)}"
-                " (are files of two sizes mixed?)"
-            )
-    placed = {}
-    for key in wanted:
-        value = state.get(key)
-        if value is None:
-            placed[key] = torch.ones(1, device=device)
-        else:
-            placed[key] = value.to(device=device, dtype=_target_dtype(key, value, dtype))
-    net.load_state_dict(placed, assign=True)
-    net.requires_grad_(False)
-
-
-def _target_dtype(key: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    if value.dtype == torch.int8 or key.endswith(_SCALES):
-        return value.dtype if value.dtype == torch.int8 else torch.float32
-    if value.dtype in FP8 and key.endswith(".weight") and value.ndim == 2:
-        return value.dtype
-    if value.dtype == torch.float32 and any(part in key for part in _FLOAT32_PARTS):
-        return torch.float32
-    return dtype
+def _count(state: Mapping[str, Tensor], pattern: str, name: str) -> int:
+    """How many blocks there are, numbered from 0 without a gap by the pattern's group."""
+    numbers = {int(match[1]) for match in (re.match(pattern, key) for key in state) if match}
+    if not numbers or numbers != set(range(len(numbers))):
+        missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
+        raise CheckpointError(f"{name} is incomplete: of its blocks, {missing or 'all'} are missing")
+    return len(numbers)
 
 
 def load_vae(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
@@ -200,20 +168,24 @@ def load_vae(path: Path | str, device: torch.device | str = "cpu", dtype: torch.
     Raises:
         CheckpointError: the file cannot serve.
     """
-    state, _ = read(path, "vae")
-    widths = {m: state[k].shape[0] for m, k in ((1, "encoder.conv1.weight"), (4, "decoder.conv1.weight")) if k in state}
-    if len(widths) < 2:
-        raise CheckpointError(f"{path} is incomplete: it lacks the encoder's or the decoder's first convolution")
-    dim, channels = widths[1], state["decoder.conv1.weight"].shape[1]
-    if widths[4] != MULTIPLIERS[-1] * dim or channels != LATENT_CHANNELS:
+    vae, state = empty_vae(read(path, "vae")[0], str(path))
+    assign(vae, state, device, dtype)
+    return vae.eval()
+
+
+def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
+    """As `empty_transformer`, for a VAE."""
+    dim = _shape(state, "encoder.conv1.weight", 5, name)[0]
+    widest, channels = _shape(state, "decoder.conv1.weight", 5, name)[:2]
+    if widest != MULTIPLIERS[-1] * dim or channels != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{path} has widths {dim} to {widths[4]} and {channels} latent channels;"
+            f"{name} has widths {dim} to {widest} and {channels} latent channels;"
             f" Wan 2.1 has {dim} to {MULTIPLIERS[-1] * dim} and {LATENT_CHANNELS}"
         )
     with torch.device("meta"):
         vae = WanVAE(dim)
-    assign(vae, state, str(path), device, dtype)
-    return vae.eval()
+    check_fit(vae, state, name)
+    return vae, state
 
 
 def load_text_encoder(
@@ -224,40 +196,63 @@ def load_text_encoder(
     Raises:
         CheckpointError: the file cannot serve.
     """
-    from ..models.text_encoder import TextEncoder
-
-    state, _ = read(path, "text_encoder")
-    block = "encoder.block.0.layer"
-    try:
-        vocabulary, width = state["shared.weight"].shape
-        heads = state[f"{block}.0.SelfAttention.relative_attention_bias.weight"].shape[1]
-        with torch.device("meta"):
-            encoder = TextEncoder(
-                vocabulary=vocabulary,
-                width=width,
-                layers=1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.block.")),
-                heads=heads,
-                head_width=state[f"{block}.0.SelfAttention.q.weight"].shape[0] // heads,
-                hidden=state[f"{block}.1.DenseReluDense.wi_0.weight"].shape[0],
-            )
-    except KeyError as error:
-        raise CheckpointError(f"{path} is incomplete: {error.args[0]} is missing") from error
-    replace_quantized(encoder.model, state)
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    assign(encoder.model, state, str(path), device, dtype)
+    encoder, state = empty_text_encoder(read(path, "text_encoder")[0], str(path))
+    assign(encoder.model, state, device, dtype)
     encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
     return encoder.eval()
+
+
+def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
+    """As `empty_transformer`, for an umT5 encoder (the state is that of its `model`)."""
+    from ..models.text_encoder import TextEncoder
+
+    def shape(key: str) -> tuple[int, ...]:
+        return _shape(state, key, 2, name)
+
+    block = "encoder.block.0.layer"
+    vocabulary, width = shape("shared.weight")
+    heads = shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")[1]
+    with torch.device("meta"):
+        encoder = TextEncoder(
+            vocabulary=vocabulary,
+            width=width,
+            layers=_count(state, r"encoder\.block\.(\d+)\.", name),
+            heads=heads,
+            head_width=shape(f"{block}.0.SelfAttention.q.weight")[0] // heads,
+            hidden=shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
+        )
+    state = fit_quantized(encoder.model, state)
+    state[TIED] = state["shared.weight"]
+    check_fit(encoder.model, state, name)
+    return encoder, state
+
+
+EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
+    "transformer": empty_transformer,
+    "vae": empty_vae,
+    "text_encoder": empty_text_encoder,
+}
+
+
+def outline(state: State, role: str, name: str) -> Any:
+    """The module a state makes, on the meta device: all its sizes, none of its values.
+
+    Args:
+        state: under our names. role: a key of `EMPTY`. name: how to call the file in an error.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape.
+    """
+    return EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)[0]
 
 
 def embedded_tokenizer(path: Path | str) -> bytes | None:
     """The SentencePiece model that ComfyUI's text encoder files carry, if this one does."""
     path = Path(path)
-    if not path.is_file() or path.suffix != ".safetensors":
+    if not path.is_file() or path.suffix not in SAFETENSORS + PICKLED:
         return None
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        return bytes(file.get_tensor(SPIECE).tolist()) if SPIECE in file.keys() else None  # noqa: SIM118
+    piece = read_tensors(path).get(SPIECE)
+    return None if piece is None else piece.numpy().tobytes()
 
 
 def load_image_encoder(
@@ -274,16 +269,15 @@ def load_image_encoder(
 
     state, _ = read(path, "image_encoder")
     state = {k: v for k, v in state.items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
-    embed = state["vision_model.embeddings.patch_embedding.weight"]
-    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
-    layers = 1 + max(int(key.split(".")[3]) for key in state if ".encoder.layers." in key)
+    width, _, patch, _ = _shape(state, "vision_model.embeddings.patch_embedding.weight", 4, str(path))
+    positions = _shape(state, "vision_model.embeddings.position_embedding.weight", 2, str(path))[0]
     config = CLIPVisionConfig(
-        hidden_size=embed.shape[0],
-        intermediate_size=state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=layers,
-        num_attention_heads=embed.shape[0] // 80 if embed.shape[0] % 80 == 0 else embed.shape[0] // 64,
-        image_size=round((positions - 1) ** 0.5) * embed.shape[2],
-        patch_size=embed.shape[2],
+        hidden_size=width,
+        intermediate_size=_shape(state, "vision_model.encoder.layers.0.mlp.fc1.weight", 2, str(path))[0],
+        num_hidden_layers=_count(state, r"vision_model\.encoder\.layers\.(\d+)\.", str(path)),
+        num_attention_heads=width // (80 if width % 80 == 0 else 64),
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
         hidden_act="gelu",
     )
     with torch.device("meta"):
@@ -292,5 +286,7 @@ def load_image_encoder(
         if getattr(module, "position_ids", None) is not None:
             module.position_ids = torch.arange(positions, device=device).unsqueeze(0)
     prefix = "" if any(k.startswith("vision_model.") for k in encoder.model.state_dict()) else "vision_model."
-    assign(encoder.model, {k.removeprefix(prefix): v for k, v in state.items()}, str(path), device, dtype)
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    check_fit(encoder.model, state, str(path))
+    assign(encoder.model, state, device, dtype)
     return encoder.eval()

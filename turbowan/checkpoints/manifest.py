@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..models.transformer import ATTENTION_KINDS
+from ..errors import CheckpointError, RequestError
+from ..request import GenerateRequest
 from ..specs import FAMILIES, RESOLUTIONS, Defaults, family_of
 from .detect import detect
-from .families import READERS
 from .files import PICKLED, SAFETENSORS, read_tensors, replacing
-from .load import transformer_config
+from .load import read, transformer_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +23,10 @@ else:
 
 FILE_NAME = "turbowan.toml"
 FORMAT = 1
+_WHOLE = dict.fromkeys(("num_steps", "width", "height", "num_frames", "fps"), ((int,), "a whole number"))
+_NUMBERS = dict.fromkeys(("sigma_max", "shift", "guidance_scale", "boundary", "sla_topk"), ((int, float), "a number"))
+_TYPES = {**_WHOLE, **_NUMBERS, "distilled": ((bool,), "true or false")}  # all others are text
+_REQUESTED = (*_WHOLE, *_NUMBERS, "sampler", "attention", "negative_prompt")  # what a request can ask for, too
 ROLES = ("transformer", "high_noise", "low_noise", "vae", "text_encoder", "tokenizer", "image_encoder")
 
 
@@ -82,11 +85,12 @@ def read_manifest(path: Path) -> Manifest:
     if path.is_dir():
         path = path / FILE_NAME
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable manifest: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not a readable manifest: {reason}") from error
     if document.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {FORMAT} (its first line is 'format = {FORMAT}')")
     values: dict[str, Any] = {}
@@ -98,17 +102,30 @@ def read_manifest(path: Path) -> Manifest:
     if unknown or missing:
         what = f"unknown key {unknown[0]}" if unknown else f"no {missing[0]}"
         raise CheckpointError(f"{path} has {what}; known keys: {', '.join(sorted(allowed))}")
-    files = values["files"]
-    if not isinstance(files, dict) or set(files) - set(ROLES):
-        raise CheckpointError(f"{path}: [files] takes {', '.join(ROLES)}; got {', '.join(map(str, files))}")
-    values["files"] = {role: path.parent / file for role, file in files.items()}
+    _check_types(values, str(path))
+    values["files"] = {role: path.parent / file for role, file in values["files"].items()}
     manifest = Manifest(**values)
     check_manifest(manifest, str(path))
     return manifest
 
 
+def _check_types(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if name == "files":
+            if not isinstance(value, dict) or not value or set(value) - set(ROLES):
+                got = ", ".join(map(str, value)) if isinstance(value, dict) else value
+                raise CheckpointError(f"{where}: [files] takes {', '.join(ROLES)}; got {got or 'none'}")
+            for role, file in value.items():
+                if not isinstance(file, str):
+                    raise CheckpointError(f"{where}: the {role} must be a path in quotes, got {file}")
+            continue
+        kind, words = _TYPES.get(name, ((str,), "text in quotes"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            raise CheckpointError(f"{where}: {name} must be {words}, got {value!r}")
+
+
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Raise CheckpointError unless roles and values fit together."""
+    """Raise CheckpointError unless roles and values fit together; each value is held to the limits of a request."""
     roles = set(manifest.files) & {"transformer", "high_noise", "low_noise"}
     if roles not in ({"transformer"}, {"high_noise", "low_noise"}):
         got = ", ".join(sorted(roles)) or "none"
@@ -116,12 +133,13 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     lacking = [role for role in ("vae", "text_encoder") if role not in manifest.files]
     if lacking:
         raise CheckpointError(f"{where} has no {' and no '.join(lacking)}; give the file's path")
-    if manifest.sampler not in ("rcm", "euler", "unipc"):
-        raise CheckpointError(f"{where}: sampler must be rcm, euler or unipc, got '{manifest.sampler}'")
-    if manifest.attention not in ("auto", *ATTENTION_KINDS):
-        raise CheckpointError(f"{where}: attention must be auto, {', '.join(ATTENTION_KINDS)}, got '{manifest.attention}'")
+    try:
+        GenerateRequest(prompt="-", **{name: getattr(manifest, name) for name in _REQUESTED})
+    except RequestError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     if manifest.resolution not in RESOLUTIONS:
-        raise CheckpointError(f"{where}: resolution must be one of {', '.join(RESOLUTIONS)}, got '{manifest.resolution}'")
+        names = ", ".join(RESOLUTIONS)
+        raise CheckpointError(f"{where}: resolution must be one of {names}, got '{manifest.resolution}'")
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> Path:
@@ -134,6 +152,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
         "defaults": ("resolution", "width", "height", "num_frames", "fps"),
     }  # fmt: skip
 
+    folder = folder.absolute()
+
     def entries(names: Iterable[str]) -> list[str]:
         values = {name: getattr(manifest, name) for name in names}
         return [f"{name} = {_toml(value)}" for name, value in values.items() if value not in (None, "")]
@@ -143,11 +163,12 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
         lines += ["", f"[{section}]", *entries(names)]
     lines += ["", "[files]"]
     for role, path in manifest.files.items():
-        relative = path.relative_to(folder) if path.is_relative_to(folder) else path
-        lines.append(f"{role} = {_toml(relative.as_posix())}")
+        path = path.absolute()
+        named = path.relative_to(folder) if path.is_relative_to(folder) else path
+        lines.append(f"{role} = {_toml(named.as_posix())}")
     target = folder / FILE_NAME
     with replacing(target) as partial:
-        partial.write_text("\n".join(lines) + "\n")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
 
 
@@ -160,11 +181,8 @@ def guess_manifest(name: str, files: Mapping[str, Path]) -> Manifest:
     role = "high_noise" if "high_noise" in files else "transformer"
     if role not in files:
         raise CheckpointError("no transformer is given: name --transformer, or --high-noise and --low-noise")
-    raw = read_tensors(files[role])
-    found = detect(raw, str(files[role]))
-    if found.role != "transformer":
-        raise CheckpointError(f"{files[role]} is {found}; a diffusion transformer is wanted as {role}")
-    config = transformer_config(READERS[found.role, found.family](raw), str(files[role]))
+    state, found = read(files[role], "transformer")
+    config = transformer_config(state, str(files[role]))
     family = family_of(found.family, config.has_sla, role == "high_noise", config.in_dim > config.out_dim)
     manifest = from_defaults(name, family, files)
     check_manifest(manifest, name)
@@ -185,16 +203,30 @@ def _diffusers_folder(folder: Path) -> Manifest:
     two = (folder / "transformer_2").is_dir()
     roles |= {"transformer": "high_noise", "transformer_2": "low_noise"} if two else {"transformer": "transformer"}
     files = {role: folder / name for name, role in roles.items() if (folder / name).is_dir()}
-    manifest = guess_manifest(folder.name, files)
-    index = json.loads((folder / "model_index.json").read_text())
-    boundary = index.get("boundary_ratio")
-    return replace(manifest, boundary=boundary) if boundary else manifest
+    manifest = guess_manifest(folder.resolve().name, files)
+    boundary = _read_json(folder / "model_index.json").get("boundary_ratio")
+    if not isinstance(boundary, float):
+        return manifest
+    manifest = replace(manifest, boundary=boundary)
+    check_manifest(manifest, str(folder / "model_index.json"))
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return document
 
 
 def _loose_files(folder: Path) -> Manifest:
     """The original repositories' way: weights of all roles side by side, told apart by their tensors."""
-    candidates = sorted(folder.glob("*.index.json")) or []
-    sharded = {name for index in candidates for name in json.loads(index.read_text()).get("weight_map", {}).values()}
+    candidates = sorted(folder.glob("*.index.json"))
+    maps = [_read_json(index).get("weight_map") for index in candidates]
+    sharded = {str(name) for shards in maps if isinstance(shards, dict) for name in shards.values()}
     candidates += sorted(p for p in folder.iterdir() if p.suffix in SAFETENSORS + PICKLED and p.name not in sharded)
     files: dict[str, Path] = {}
     for path in candidates:
@@ -217,4 +249,4 @@ def _loose_files(folder: Path) -> Manifest:
             files.setdefault("tokenizer", folder / name)
     if not files:
         raise CheckpointError(f"{folder} holds no weights and no {FILE_NAME}")
-    return guess_manifest(folder.name, files)
+    return guess_manifest(folder.resolve().name, files)

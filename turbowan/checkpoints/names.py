@@ -64,7 +64,8 @@ _VAE_PLACES: Pairs = (
       for side in ("encoder", "decoder")
       for i, theirs in ((0, "resnets.0"), (1, "attentions.0"), (2, "resnets.1"))),
     ("encoder.downsamples.{n}.", "encoder.down_blocks.{n}."),
-    *((f"decoder.upsamples.{i}.", f"decoder.up_blocks.{i // 4}." + (f"resnets.{i % 4}." if i % 4 < 3 else "upsamplers.0."))
+    *((f"decoder.upsamples.{i}.",
+       f"decoder.up_blocks.{i // 4}." + (f"resnets.{i % 4}." if i % 4 < 3 else "upsamplers.0."))
       for i in range(15)),
 )  # fmt: skip
 DIFFUSERS_VAE: Pairs = (

@@ -45,7 +45,9 @@ def vae(
     where = distributed.join(choose_device(device))
     settings = read_config(config, VAEConfig)
     model = train_vae(settings, out, where, max_minutes)
-    if distributed.rank() != 0:
+    writes = distributed.rank() == 0
+    distributed.leave()
+    if not writes:
         return
     fold_statistics(model, statistics_clips(settings, where))
     model.to(torch.bfloat16)
@@ -65,8 +67,7 @@ def flow(
     out: Out,
     vae: Annotated[Path, typer.Option(help="The VAE's file.")],
     tokenizer: Annotated[Path, typer.Option(help="spiece.model.")],
-    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow-1",
-    start_from: Annotated[Path | None, typer.Option(help="Folder of the stage whose weights a new one starts from.")] = None,
+    config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow",
     max_minutes: MaxMinutes = None,
     device: Device = "auto",
     preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end.")] = 64,
@@ -86,8 +87,10 @@ def flow(
     settings = read_config(config, FlowConfig)
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
     words = Tokenizer.from_sentencepiece(tokenizer.read_bytes())
-    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes, start_from)
-    if distributed.rank() != 0:
+    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
+    writes = distributed.rank() == 0
+    distributed.leave()
+    if not writes:
         return
     export(model, out)
     if preview_clips:

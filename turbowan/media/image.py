@@ -16,47 +16,87 @@ ImageInput = str | Path | Image.Image | np.ndarray
 
 
 def read_image(source: ImageInput) -> Image.Image:
-    """An RGB picture from a path, a PIL image or an array; EXIF rotation applied, alpha laid over black.
+    """An RGB picture of 8 bits from a path, a PIL image or an array.
+
+    EXIF rotation is applied. Transparent parts are laid over black. Sixteen bits are scaled to eight. Of a phone's
+    multi-picture JPEG (MPO) the first picture, which viewers show, is taken; animated pictures are refused.
 
     Args:
-        source: an array is uint8 [H, W], [H, W, 3] or [H, W, 4], or float in 0..1.
+        source: an array is [H, W], [H, W, 3] or [H, W, 4]: uint8, uint16, or float in 0..1.
 
     Raises:
-        MediaError: missing, unreadable, empty, or with several frames.
+        MediaError: missing, unreadable, too large, without pixels, or with several frames.
     """
-    name = str(source) if isinstance(source, str | Path) else "the image"
+    if isinstance(source, Image.Image):
+        return _decode(source, "the image")
+    if not isinstance(source, str | Path):
+        return _decode(_from_array(np.asarray(source)), "the image")
+    path = Path(source)
     try:
-        if isinstance(source, str | Path):
-            image: Image.Image = Image.open(source)
-        elif isinstance(source, Image.Image):
-            image = source
-        else:
-            image = _from_array(np.asarray(source))
-        if getattr(image, "n_frames", 1) > 1:
-            raise MediaError(f"{name} is animated ({image.n_frames} frames); give one still picture")
-        image.load()
+        size = path.stat().st_size
+        if size == 0:
+            raise MediaError(f"{path} is empty (0 bytes); give a PNG, JPEG or WebP file")
+        with Image.open(path) as image:
+            return _decode(image, str(path))
     except FileNotFoundError as error:
-        raise MediaError(f"{name} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{name} cannot be read as a picture ({' '.join(str(error).split())[:120]})") from error
-    if image.width < 1 or image.height < 1:
-        raise MediaError(f"{name} has no pixels ({image.width}x{image.height})")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        image.alpha_composite(rgba)
-    return image.convert("RGB")
+        raise MediaError(f"{path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{path} ({size:,} bytes) is not a picture; give a PNG, JPEG or WebP file") from error
+    except Exception as error:
+        raise _refusal(str(path), error) from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
+            raise MediaError(f"{name} is animated ({frames} frames); give one still picture")
+        if image.width < 1 or image.height < 1:
+            raise MediaError(f"{name} has no pixels ({image.width}x{image.height})")
+        image.load()
+        upright = _eight_bits(ImageOps.exif_transpose(image))
+        if "transparency" not in upright.info and upright.mode not in ("RGBA", "RGBa", "LA", "La", "PA"):
+            return upright.convert("RGB")
+        rgba = upright.convert("RGBA")
+    except Exception as error:
+        raise _refusal(name, error) from error
+    black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+    black.alpha_composite(rgba)
+    return black.convert("RGB")
+
+
+def _refusal(name: str, error: Exception) -> MediaError:
+    """One line for whatever a decoder raised: on damaged data that can be any exception."""
+    if isinstance(error, MediaError):
+        return error
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120] or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return MediaError(f"{name} is too large; make it smaller ({reason})")
+    return MediaError(f"{name} cannot be read as a picture; it may be damaged or cut off ({reason})")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips its wider greyscale modes ("I;16" of a 16-bit PNG, "F" of floats) when converting; scale them."""
+    if image.mode.startswith("I"):
+        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    if image.mode == "F":
+        return _from_array(np.asarray(image))
+    return image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise MediaError(f"an image array is [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
-    if array.dtype != np.uint8:
-        array = (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Image.fromarray(array)
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    if array.dtype == np.uint16:
+        return Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if not np.issubdtype(array.dtype, np.floating):
+        raise MediaError(f"an image array is uint8, uint16 or float, got {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -0.01 and high <= 1.01):  # also refuses NaN
+        raise MediaError(f"a float image array is in 0..1, got {low:.4g} to {high:.4g}")
+    return Image.fromarray((array.clip(0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
@@ -77,8 +117,9 @@ def contact_sheet(
     Args:
         videos: uint8 [T, H, W, 3] each.
         labels: one line each.
-        columns: videos per row. frames: pictures per video. width: of one picture, in pixels.
+        columns: videos per row, at most. frames: pictures per video, evenly spaced. width: of one picture, in pixels.
     """
+    columns = min(columns, len(videos))
     height = round(width * videos[0].shape[1] / videos[0].shape[2])
     cell_width, cell_height = frames * width + 6, height + 18
     rows = -(-len(videos) // columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MachineError
+from ..machine import free_memory
 from ..request import parse_bytes
 
 HEADROOM = 0.6  # of free memory may hold weights; the rest is for activations
@@ -26,15 +27,20 @@ class Plan:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a weight file, or of all files in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    """Size of a weight file, of the shards that an index names, or of all files in a folder."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    if path.suffix == ".json":
+        shards = set(json.loads(path.read_text())["weight_map"].values())
+        return sum(file_bytes(path.parent / name) for name in shards)
+    return path.stat().st_size
 
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the GPU, or of the host for a CPU engine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory() or 0
 
 
 def make_plan(mode: str, sizes: Mapping[str, int], device: torch.device, budget: int | str | None = None) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,22 +18,22 @@ class Residency:
 
     def __init__(self, keep: bool = True) -> None:
         self.keep = keep
-        self.seconds = 0.0  # spent loading since the last reset
         self._parts: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, load: Callable[[], Any]) -> Any:
         """The part, loaded now if it is not there."""
         if key not in self._parts:
-            started = time.perf_counter()
             self._parts[key] = load()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - started
         return self._parts[key]
 
     def done(self, key: Hashable) -> None:
         """The stage that needed this part is over; free it unless the plan keeps parts."""
         if not self.keep:
+            self.release(key)
+
+    def clear(self) -> None:
+        """Free everything."""
+        for key in list(self._parts):
             self.release(key)
 
     def release(self, key: Hashable) -> None:

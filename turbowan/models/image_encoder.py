@@ -27,7 +27,7 @@ class ImageEncoder(nn.Module):
 
         The picture is resized to the tower's square without cropping, bicubic, as Wan does.
         """
-        size = self.model.config.image_size
+        size = int(self.model.config.image_size)  # type: ignore[arg-type]
         image = F.interpolate(image.float(), (size, size), mode="bicubic", align_corners=False) * 0.5 + 0.5
         mean, std = (torch.tensor(x, device=image.device).view(1, 3, 1, 1) for x in (MEAN, STD))
         weight_dtype = next(self.model.parameters()).dtype

@@ -11,6 +11,10 @@ from ..ops.int8_blockwise import BLOCK
 class Int8BlockLinear(nn.Module):
     """W8A8 with a scale per 128 x 128 block: TurboDiffusion's `-quant` format."""
 
+    int8_weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         blocks = (-(-out_features // BLOCK), -(-in_features // BLOCK))
@@ -30,6 +34,10 @@ class Int8BlockLinear(nn.Module):
 class Int8RowLinear(nn.Module):
     """W8A8 with a scale per output row and per token: lightx2v's int8 format."""
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
@@ -44,6 +52,10 @@ class Int8RowLinear(nn.Module):
 
 class Fp8Linear(nn.Module):
     """Weights in float8 with one scale, expanded for each product: ComfyUI's `fp8_scaled` format."""
+
+    weight: Tensor
+    scale_weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,

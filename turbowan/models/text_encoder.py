@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
+from transformers.models.umt5.modeling_umt5 import UMT5DenseGatedActDense, UMT5LayerFF
+
+
+class FeedForward(nn.Module):
+    """umT5's gated layer, without the stock one's cast to the dtype of `wo`'s weight: in 8-bit files that is no dtype
+    to compute in."""
+
+    def __init__(self, stock: UMT5DenseGatedActDense) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1, self.wo, self.act = stock.wi_0, stock.wi_1, stock.wo, stock.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(self.act(self.wi_0(x)) * self.wi_1(x))
 
 
 class TextEncoder(nn.Module):
@@ -28,6 +40,9 @@ class TextEncoder(nn.Module):
             layer_norm_epsilon=1e-6,
         )
         self.model = UMT5EncoderModel(config)
+        for layer in list(self.model.modules()):
+            if isinstance(layer, UMT5LayerFF):
+                layer.add_module("DenseReluDense", FeedForward(layer.DenseReluDense))
 
     @property
     def width(self) -> int:

@@ -93,7 +93,8 @@ class SelfAttention(nn.Module):
         self.proj_l = nn.Linear(HEAD_SIZE, HEAD_SIZE) if has_sla else None
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], how: AttentionConfig) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, HEAD_SIZE)) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        projected = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (y.unflatten(-1, (-1, HEAD_SIZE)) for y in projected)
         q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
         if how.kind == "original" or self.proj_l is None:
             out = ops.attention(q, k, v)
@@ -179,7 +180,11 @@ class ImageEmbedding(nn.Module):
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim), nn.LayerNorm(dim)
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -214,8 +219,8 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual stream: that of the patch embedding's weight."""
-        return self.patch_embedding.weight.dtype
+        """The dtype of the residual stream: that of the patch embedding's bias (the weight may be in 8 bits)."""
+        return self.patch_embedding.bias.dtype
 
     @property
     def condition_channels(self) -> int:
@@ -248,14 +253,14 @@ class WanTransformer(nn.Module):
         Raises:
             RequestError: a tensor's shape does not fit the model.
         """
-        self._check(latent, text, condition, image_tokens)
+        self._check(latent, timestep, text, condition, image_tokens)
         x = latent if condition is None else torch.cat([latent, condition.to(latent.dtype)], dim=1)
-        grid = tuple(size // patch for size, patch in zip(x.shape[2:], PATCH, strict=True))
+        grid = (x.shape[2] // PATCH[0], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
         x = self.patch_embedding(patchify(x).to(self.dtype))
         time = self._embed_time(timestep)
         modulation = _linear_float32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
         text = self.text_embedding(text.to(self.dtype))
-        image = self.img_emb(image_tokens.to(self.dtype)) if self.img_emb is not None else None
+        image = None if self.img_emb is None or image_tokens is None else self.img_emb(image_tokens.to(self.dtype))
         rotation = self._rotation(grid, x.device)
         last_row_count = 1 + max(0, (text_rows or 0) - text.shape[1])
         for block in self.blocks:
@@ -271,14 +276,17 @@ class WanTransformer(nn.Module):
         hidden = F.silu(_linear_float32(self.time_embedding[0], sinusoid))
         return _linear_float32(self.time_embedding[2], hidden)
 
-    def _rotation(self, grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotation(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (*grid, device)
         if key not in self._rotations:
             self._rotations.clear()
-            self._rotations[key] = ops.rope_table(*grid, head_size=HEAD_SIZE, device=device)
+            with torch.inference_mode(False):  # kept for later calls, which may want gradients
+                self._rotations[key] = ops.rope_table(*grid, HEAD_SIZE, device)
         return self._rotations[key]
 
-    def _check(self, latent: Tensor, text: Tensor, condition: Tensor | None, image_tokens: Tensor | None) -> None:
+    def _check(
+        self, latent: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None, image_tokens: Tensor | None
+    ) -> None:
         channels = latent.shape[1] + (0 if condition is None else condition.shape[1])
         if channels != self.config.in_dim:
             raise RequestError(
@@ -287,11 +295,19 @@ class WanTransformer(nn.Module):
             )
         if latent.shape[-1] % PATCH[2] or latent.shape[-2] % PATCH[1]:
             raise RequestError(f"latent height and width must be even, got {latent.shape[-2]}x{latent.shape[-1]}")
+        if condition is not None and condition.shape[2:] != latent.shape[2:]:
+            sizes = ["x".join(map(str, x.shape[2:])) for x in (condition, latent)]
+            raise RequestError(f"the condition must be as large as the latent, got {sizes[0]} and {sizes[1]}")
         if text.shape[-1] != self.config.text_dim:
             raise RequestError(f"this model takes text of width {self.config.text_dim}, got {text.shape[-1]}")
-        if (self.img_emb is None) != (image_tokens is None):
-            wants = "no image tokens" if self.img_emb is None else f"image tokens of width {self.config.image_dim}"
-            raise RequestError(f"this model takes {wants}")
+        width = None if image_tokens is None else image_tokens.shape[-1]
+        if width != self.config.image_dim:
+            wants = f"image tokens of width {self.config.image_dim}" if self.config.image_dim else "no image tokens"
+            raise RequestError(f"this model takes {wants}, got {'none' if width is None else f'width {width}'}")
+        given = {"timestep": timestep, "text": text, "condition": condition, "image tokens": image_tokens}
+        counts = {name: len(x) if x.ndim else 0 for name, x in given.items() if x is not None}
+        if set(counts.values()) != {len(latent)}:
+            raise RequestError(f"every input needs the latent's {len(latent)} samples, got {counts}")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -311,6 +327,8 @@ def unpatchify(x: Tensor, grid: Sequence[int]) -> Tensor:
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+        if isinstance(layer, nn.Linear):
+            return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+        return layer(x.float())  # 8-bit weights expand with their scale

@@ -93,7 +93,7 @@ class Steady(Clip):
 
 class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+        return ops.conv3d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
 
 
 class CausalConv3d(Conv3d):
@@ -103,7 +103,7 @@ class CausalConv3d(Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
         self.lookback = kernel - 1
 
-    def forward(self, x: Tensor, clip: Clip) -> Tensor:
+    def forward(self, x: Tensor, clip: Clip) -> Tensor:  # type: ignore[override]
         if self.lookback == 0:
             return super().forward(x)
         x = clip.grow(x, self.lookback)

@@ -53,7 +53,7 @@ def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 
 _quantize_operation = Operation("quantize_int8_blockwise", _quantize, _quantize_fake)
-_linear_operation = Operation("linear_int8_blockwise", _linear, _linear_fake)
+_linear_operation = Operation("linear_int8_blockwise", _linear, _linear_fake, gradient=False)
 
 
 def quantize_int8_blockwise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from .registry import Operation
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / 127
-    return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
+    return (x / scale).round().clamp(-128, 127).to(torch.int8).contiguous(), scale
 
 
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 
 _quantize_operation = Operation("quantize_int8_rowwise", _quantize, _quantize_fake)
-_linear_operation = Operation("linear_int8_rowwise", _linear, _linear_fake)
+_linear_operation = Operation("linear_int8_rowwise", _linear, _linear_fake, gradient=False)
 
 
 def quantize_int8_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:

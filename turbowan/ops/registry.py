@@ -3,7 +3,8 @@
 An `Operation` has one specification, its *eager twin*, written in plain PyTorch, and any number of faster
 implementations, each with the constraints under which it may run. It is registered as a `torch.library` operation
 (`torch.ops.turbowan.<name>`) with a fake implementation, so tracing and `torch.compile` see one opaque node.
-Where a gradient or a forward-mode tangent is wanted, the eager twin runs inline and PyTorch differentiates it.
+Where a gradient or a forward-mode tangent is wanted, the eager twin runs inline and PyTorch differentiates it, under
+autocast as PyTorch's own layers do. Elsewhere an operation keeps to the dtypes it documents, autocast or not.
 """
 
 from __future__ import annotations
@@ -70,10 +71,24 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of a selection, with the reason each other implementation was passed over."""
+    """The outcome of a selection.
+
+    refused: names of those that cannot run here, each with the reason. passed_over: those that could run too.
+    """
 
     implementation: Implementation
     refused: tuple[tuple[str, str], ...]
+    passed_over: tuple[Implementation, ...] = ()
+    forced: bool = False
+
+    def others(self) -> dict[str, str]:
+        """Every implementation that was not chosen, with the reason in a few words."""
+        chosen = self.implementation
+        return dict(self.refused) | {
+            other.name: f"could run, but {chosen.name} "
+            + ("is forced" if self.forced else f"has priority {chosen.priority} over {other.priority}")
+            for other in self.passed_over
+        }
 
 
 class Operation:
@@ -84,6 +99,7 @@ class Operation:
         eager: the specification. Its annotations give the operation's schema.
         fake: same arguments, returns empty tensors of the right shape and dtype.
         flops: multiply-adds times two from the arguments' shapes, for `torch.utils.flop_counter`.
+        gradient: False where rounding leaves none; asking for one is then an error instead of zeros.
     """
 
     def __init__(
@@ -92,19 +108,23 @@ class Operation:
         eager: Callable[..., Any],
         fake: Callable[..., Any],
         flops: Callable[..., int] | None = None,
+        gradient: bool = True,
     ) -> None:
         self.name = name
         self.eager = eager
+        self.gradient = gradient
         self.implementations: list[Implementation] = [Implementation("eager", eager)]
         self.forced: str | None = None
         OPERATIONS[name] = self
-        if not hasattr(getattr(torch.ops, NAMESPACE), name):  # a second copy of the package shares the first one's
+        if hasattr(getattr(torch.ops, NAMESPACE), name):  # by another copy of the package: each keeps its own choice
+            self._registered: Callable[..., Any] = self._run
+        else:
             schema = torch.library.infer_schema(eager, mutates_args=())
             registered = torch.library.custom_op(f"{NAMESPACE}::{name}", self._run, mutates_args=(), schema=schema)
             registered.register_fake(fake)
             if flops is not None:
                 register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
-        self._registered = getattr(getattr(torch.ops, NAMESPACE), name)
+            self._registered = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def add(self, implementation: Implementation) -> None:
         """Offer a further implementation; `select` weighs it from the next call on."""
@@ -124,32 +144,45 @@ class Operation:
                 candidates.append(implementation)
             else:
                 refused.append((implementation.name, reason))
-        if forced is not None:
-            chosen = next((i for i in candidates if i.name == forced), None)
-            if chosen is None:
-                why = dict(refused).get(forced, f"known: {', '.join(i.name for i in self.implementations)}")
-                raise MachineError(f"operation {self.name} cannot use '{forced}' here ({why})")
-            return Choice(chosen, tuple(refused))
-        return Choice(candidates[0], tuple(refused))
+        chosen = next((i for i in candidates if forced in (None, i.name)), None)
+        if chosen is None:
+            why = dict(refused).get(str(forced), f"known: {', '.join(i.name for i in self.implementations)}")
+            raise MachineError(f"operation {self.name} cannot use '{forced}' here ({why})")
+        passed_over = tuple(i for i in candidates if i is not chosen)
+        return Choice(chosen, tuple(refused), passed_over, forced is not None)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._run(*args, **kwargs)
         if len(self.implementations) == 1 and self.forced is None:
             return self.eager(*args, **kwargs)
         return self.select(Facts.of(args[0], args[0].shape[-1]), self.forced).implementation.function(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _differentiated(args):
-            return self.eager(*args, **kwargs)
-        return self._registered(*args, **kwargs)
+        if not differentiated(args):
+            return self._registered(*args, **kwargs)
+        if not self.gradient:
+            raise MachineError(f"operation {self.name} has no gradient; train with weights that are not quantised")
+        if self.forced not in (None, "eager"):
+            raise MachineError(f"operation {self.name} cannot use '{self.forced}' here (only 'eager' has a gradient)")
+        return self.eager(*args, **kwargs)
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
-def _differentiated(args: tuple[Any, ...]) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+def forward_mode() -> bool:
+    """Whether tangents are being carried along (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def differentiated(args: tuple[Any, ...]) -> bool:
+    """Whether PyTorch will want to differentiate what is computed from these arguments."""
+    return forward_mode() or (
+        torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    )
 
 
 @contextmanager
@@ -161,8 +194,8 @@ def force(**names: str) -> Iterator[None]:
             OPERATIONS[name].forced = implementation
         yield
     finally:
-        for name, implementation in before.items():
-            OPERATIONS[name].forced = implementation
+        for name, earlier in before.items():
+            OPERATIONS[name].forced = earlier
 
 
 def explain(facts: Facts) -> dict[str, Choice]:

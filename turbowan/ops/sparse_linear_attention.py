@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RequestError
+from .attention import dot_product_attention
 from .block_map import block_map, kept_blocks
-from .registry import Operation
+from .registry import Operation, differentiated
 
 PRECISIONS = ("bf16", "int8")
 _GATHER_ELEMENTS = 1 << 27  # bounds the scratch memory of the exact branch: never an L x L mask
@@ -57,7 +58,7 @@ def _sparse_branch(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int
         index = _heads_then_blocks(chosen[:, rows])
         keys, values = (x[index].flatten(2, 3) for x in (key, value))
         mask = bias[chosen[:, rows]].flatten(2, 3).unsqueeze(2) if length % block_k else None
-        out[:, rows] = F.scaled_dot_product_attention(query[:, rows], keys, values, attn_mask=mask)
+        out[:, rows] = dot_product_attention(query[:, rows], keys, values, mask)
     return out.flatten(1, 2)[:, :length].unflatten(0, q.shape[:2])
 
 
@@ -162,16 +163,18 @@ def sparse_linear_attention(
         proj_weight, proj_bias: [D, D] and [D], as in `nn.Linear`, shared by all heads.
         topk_ratio: share of key blocks kept, in (0, 1].
         block_q, block_k: tokens per block, 128 and 64; the official SageSLA uses 64 and 128 on Hopper.
-        precision: "bf16" multiplies in q's dtype (SLA); "int8" rounds q, k, v and the probabilities to 8 bits (SageSLA).
+        precision: "bf16" multiplies in q's dtype (SLA); "int8" rounds q, k, v and probabilities to 8 bits (SageSLA).
 
     Returns:
         [B, L, H, D] in q's dtype.
 
     Raises:
-        RequestError: topk_ratio is not in (0, 1] or the precision is unknown.
+        RequestError: topk_ratio is not in (0, 1], the precision is unknown, or a gradient is wanted through "int8".
     """
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
     if not 0 < topk_ratio <= 1:
         raise RequestError(f"sla_topk must be in (0, 1], got {topk_ratio}")
+    if precision == "int8" and differentiated((q, k, v)):
+        raise RequestError("SageSLA rounds to 8 bits and has no gradient; train with 'sla' (precision 'bf16')")
     return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision)

@@ -7,6 +7,7 @@ order 2, predicting x0; on flows alpha = 1 - t and sigma = t. The state is kept 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def timesteps(num_steps: int, shift: float) -> Tensor:
     """
     if num_steps < 1:
         raise RequestError(f"the number of steps must be at least 1, got {num_steps}")
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise RequestError(f"shift must be positive, got {shift}")
     t = torch.linspace(_FIRST_TIME, 0, num_steps + 1, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t)
@@ -63,7 +64,7 @@ def sample(
     times = timesteps.double().tolist()
     unipc = _UniPC(times) if solver == "unipc" else None
     x = noise.double()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         velocity = velocity_fn(x, t, i).double()
         x = x + (t_next - t) * velocity if unipc is None else unipc.step(x, x - t * velocity, i)
         if on_step is not None:
@@ -71,12 +72,19 @@ def sample(
     return x.float()
 
 
+def _log_snr(t: float) -> float:
+    """log(alpha / sigma): infinite at both ends, where every formula below has its limit."""
+    if 0 < t < 1:
+        return math.log((1 - t) / t)
+    return math.inf if t <= 0 else -math.inf
+
+
 class _UniPC:
     """Second-order predictor and corrector over x0 predictions; the first and last steps are of first order."""
 
     def __init__(self, times: list[float]) -> None:
         self.times = times
-        self.log_snr = [math.log((1 - t) / t) if t > 0 else math.inf for t in times]
+        self.log_snr = [_log_snr(t) for t in times]
         self.predictions: list[Tensor] = []  # x0 predictions of the last two steps, newest last
         self.start = torch.empty(0)  # the corrected state the last step started from
         self.order = 1  # of the last step

@@ -6,6 +6,7 @@ Source: NVlabs/rcm and thu-ml/TurboDiffusion (Apache-2.0). The state is kept in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,14 +71,14 @@ def sample(
     if len(noises) < (1 if ode else steps):
         raise RequestError(f"{steps} SDE steps need at least {steps} noise tensors, got {len(noises)}")
     x = noises[0].double() * times[0]
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         velocity = velocity_fn(x, t, i).double()
         if ode:
             x = x - (t - t_next) * velocity
         else:
             x = (1 - t_next) * (x - t * velocity)
             if t_next > 0:
-                x = x + t_next * noises[i + 1].double()
+                x = x + t_next * noises[i + 1]  # the product in the noise's own float32, as in the official code
         if on_step is not None:
             on_step(i, x, t_next)
     return x.float()

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.files import read_tensors, write_tensors
-from ..checkpoints.official import read_transformer, write_transformer
-from ..checkpoints.wan import read_text_encoder, write_text_encoder
-from ..errors import CheckpointError
+from ..checkpoints.files import write_tensors
+from ..checkpoints.official import write_transformer
+from ..checkpoints.wan import write_text_encoder
 from ..media.image import contact_sheet
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import TEXT_LENGTH, Tokenizer
@@ -48,7 +47,9 @@ class FlowConfig:
     width: int = 256
     camera_share: float = 0.15
     batch: int = 256  # per process
+    optimizer: str = "adamw"  # or "muon": that for the blocks' matrices, AdamW for all else
     lr: float = 1e-3
+    muon_lr: float = 3.0  # of the learning rate
     weight_decay: float = 0.01
     ema: float = 0.999
     empty_prompts: float = 0.1
@@ -100,20 +101,22 @@ class Pool:
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A batch of latents [B, 16, T, h, w] and token ids [B, text_rows]."""
-        rows = torch.randint(len(self), (self.config.batch,), generator=generator)
-        wording = torch.randint(self.config.wordings, (self.config.batch,), generator=generator)
+        batch = self.config.batch
+        rows = torch.randint(len(self), (batch,), generator=generator)
+        wording = torch.randint(self.config.wordings, (batch,), generator=generator)
         ids = self.ids[rows, wording].long()
-        empty = torch.rand(self.config.batch, generator=generator) < self.config.empty_prompts
+        empty = torch.rand(batch, generator=generator) < self.config.empty_prompts
         ids[empty] = self.tokenizer([""])[0][:, : self.config.text_rows]
         return self.latents[rows.to(self.device)], ids.to(self.device, non_blocking=True)
 
 
 def draw_times(config: FlowConfig, generator: torch.Generator) -> Tensor:
     """Noise levels of a batch, [B] in 0..1."""
-    normal = torch.sigmoid(config.time_mean + config.time_std * torch.randn(config.batch, generator=generator))
-    u = torch.rand(config.batch, generator=generator)
+    batch = config.batch
+    normal = torch.sigmoid(config.time_mean + config.time_std * torch.randn(batch, generator=generator))
+    u = torch.rand(batch, generator=generator)
     shifted = config.time_shift * u / (1 + (config.time_shift - 1) * u)
-    return torch.where(torch.rand(config.batch, generator=generator) < config.shifted_share, shifted, normal)
+    return torch.where(torch.rand(batch, generator=generator) < config.shifted_share, shifted, normal)
 
 
 class FlowModel(nn.Module):
@@ -158,18 +161,15 @@ def train_flow(
     vocabulary: int,
     device: torch.device,
     max_minutes: float | None = None,
-    start_from: Path | None = None,
     compile_blocks: bool | None = None,
 ) -> FlowModel:
     """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
 
-    State and curve are kept in `folder`. A new stage may start from the files another stage exported (`start_from`).
+    State and curve are kept in `folder`.
     """
     torch.manual_seed(config.seed)
     on_gpu = device.type == "cuda"
     model = FlowModel(config, vocabulary)
-    if start_from is not None:
-        load_exported(model, start_from)
     if config.order_bias:
         model.start_with_word_order()
     model.to(device)
@@ -179,20 +179,15 @@ def train_flow(
     if on_gpu if compile_blocks is None else compile_blocks:
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
-    groups = [
-        {"params": [p for p in part.parameters() if (p.ndim == 2) == decayed], "scale": scale,
-         "weight_decay": config.weight_decay if decayed else 0.0}
-        for part, scale in ((model.transformer, 1.0), (model.text_encoder, config.text_lr))
-        for decayed in (True, False)
-    ]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=on_gpu)
+    optimizers = make_optimizers(model, config, fused=on_gpu)
     parameters = list(model.parameters())
     average = Average(model, config.ema)
-    parts = {"model": model, "optimizer": optimizer, "average": average}
+    parts = {"model": model, "average": average, **optimizers}
     stage = Stage(folder, config.minutes, max_minutes, parts, device)
     torch.manual_seed(config.seed + 7919 * stage.step + rank())
     schedule = Schedule(config.lr)
-    pool = Pool(config, vae, tokenizer, device, seed=config.seed * 1_000_003 + 131_071 * stage.step + 10_000_019 * rank())
+    pool_seed = config.seed * 1_000_003 + 131_071 * stage.step + 10_000_019 * rank()
+    pool = Pool(config, vae, tokenizer, device, pool_seed)
     log_due, save_due = every(10), every(150)
     losses = torch.zeros(3, device=device)  # sum, count, gradient norm
     while stage.running:
@@ -211,7 +206,7 @@ def train_flow(
             velocity = model((1 - weight) * latent + weight * noise, 1000 * t, ids)
         loss = F.mse_loss(velocity, noise - latent)
         loss.backward()
-        norm = clip_and_step(optimizer, parameters, schedule.at(stage.progress), 1.0)
+        norm = clip_and_step(list(optimizers.values()), parameters, schedule.at(stage.progress), 1.0)
         average.update(stage.step)
         losses += torch.stack([loss.detach(), torch.ones_like(norm), norm])
         stage.step += 1
@@ -226,9 +221,36 @@ def train_flow(
     return model.eval()
 
 
+def make_optimizers(model: FlowModel, config: FlowConfig, fused: bool) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the transformer's blocks; by name, for the state's file."""
+    matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
+    taken = {id(p) for p in matrices}
+    groups = [
+        {"params": [p for p in part.parameters() if (p.ndim == 2) == decayed and id(p) not in taken], "scale": scale,
+         "weight_decay": config.weight_decay if decayed else 0.0}
+        for part, scale in ((model.transformer, 1.0), (model.text_encoder, config.text_lr))
+        for decayed in (True, False)
+    ]  # fmt: skip
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=fused)
+    }
+    if matrices:
+        group = {"params": matrices, "scale": config.muon_lr}
+        optimizers["muon"] = torch.optim.Muon(
+            [group], lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return optimizers
+
+
 @torch.no_grad()
 def preview(
-    model: FlowModel, config: FlowConfig, vae: WanVAE, tokenizer: Tokenizer, count: int, device: torch.device, path: Path
+    model: FlowModel,
+    config: FlowConfig,
+    vae: WanVAE,
+    tokenizer: Tokenizer,
+    count: int,
+    device: torch.device,
+    path: Path,
 ) -> dict[str, float]:
     """Sample held-out prompts, write a sheet of frames, and return the share right on each point and on all."""
     scenes = draw_scenes(count, torch.Generator().manual_seed(123_321), held_out=True)
@@ -262,18 +284,6 @@ def export(model: FlowModel, folder: Path) -> None:
     encoder = model.text_encoder.model.state_dict()
     encoder.pop("encoder.embed_tokens.weight", None)
     write_tensors(folder / "text_encoder.safetensors", write_text_encoder({k: _to_file(v) for k, v in encoder.items()}))
-
-
-def load_exported(model: FlowModel, folder: Path) -> None:
-    """Take the weights that `export` wrote."""
-    transformer = read_transformer(read_tensors(folder / "transformer.safetensors"))
-    encoder = read_text_encoder(read_tensors(folder / "text_encoder.safetensors"))
-    encoder["encoder.embed_tokens.weight"] = encoder["shared.weight"]
-    try:
-        model.transformer.load_state_dict(transformer)
-        model.text_encoder.model.load_state_dict(encoder)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} holds weights of other sizes than this stage's: {error}") from error
 
 
 def _to_file(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every training stage shares: a time budget, a schedule over it, averaged weights, a state that survives a kill."""
+"""What training stages share: a time budget, a schedule over it, averaged weights, a state that survives a kill."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.source = [p for p in module.parameters()]
+        self.source = list(module.parameters())
         self.values = [p.detach().float().clone() for p in self.source]
 
     @torch.no_grad()
@@ -131,14 +131,17 @@ class Stage:
         print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
 
 
-def clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], lr: float, max_norm: float) -> Tensor:
+def clip_and_step(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], lr: float, max_norm: float
+) -> Tensor:
     """Average the gradients over processes, clip their norm, step. Returns the norm before clipping."""
     average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return norm
 
 

@@ -159,7 +159,7 @@ def train_vae(config: VAEConfig, folder: Path, device: torch.device, max_minutes
             terms = loss_terms(vae, clips)
         loss = terms["l1"] + terms["mse"] + config.edge_weight * terms["edge"] + config.kl_weight * terms["kl"]
         loss.backward()
-        norm = clip_and_step(optimizer, parameters, schedule.at(stage.progress), 1.0)
+        norm = clip_and_step([optimizer], parameters, schedule.at(stage.progress), 1.0)
         average.update(stage.step)
         stage.step += 1
         if log_due():

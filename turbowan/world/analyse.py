@@ -16,6 +16,9 @@ from .scenes import CAMERAS, MOTIONS, SHAPES, TEXTURES, Scenes, palette
 
 SCALED = math.log(1.45)  # a shape that grows or shrinks less than this keeps its size
 TRAVELLED = 0.12  # a centroid that ends nearer than this to its start has not moved away
+ROUND = 0.80  # of its circumscribed circle a disc fills more, a square less (1 and 2 / pi, were there no pixels)
+THREE_CORNERS = 0.4  # half of a triangle's third moment
+HOLLOW = 0.5  # share of a ring's middle that is empty
 TURNED = 0.06  # share of a resting shape's mask that must change within a few frames when it turns
 
 
@@ -72,8 +75,8 @@ def _border_tones(pixels: Tensor) -> Tensor:
 
 def _foreground(pixels: Tensor, tones: Tensor) -> Tensor:
     """Mask of the shape, float [B, T, H, W]: what differs from both border tones half as much as the shape does."""
-    lighter, darker = ((pixels - tone[:, :, None, None, None]).norm(dim=1) for tone in tones)
-    distance = F.avg_pool2d(torch.minimum(lighter, darker), 3, stride=1, padding=1)
+    lighter, darker = ((pixels - tone[:, :, None, None, None]).square().sum(dim=1) for tone in tones)
+    distance = F.avg_pool2d(torch.minimum(lighter, darker).sqrt(), 3, stride=1, padding=1)
     strongest = distance[:, ::4, ::2, ::2].flatten(1).sort(dim=1).values
     strongest = strongest[:, int(0.99 * strongest.shape[1])]
     mask = (distance > (0.5 * strongest).clamp(min=0.2)[:, None, None, None]).float()
@@ -82,11 +85,13 @@ def _foreground(pixels: Tensor, tones: Tensor) -> Tensor:
 
 
 def _shrink(mask: Tensor, size: int) -> Tensor:
-    return -F.max_pool2d(-mask, size, stride=1, padding=size // 2)
+    return 1 - _grow(1 - mask, size)
 
 
 def _grow(mask: Tensor, size: int) -> Tensor:
-    return F.max_pool2d(mask, size, stride=1, padding=size // 2)
+    """The mask and all pixels within a square of `size` around it; rows and columns in turn, several times faster."""
+    rows = F.max_pool2d(mask, (1, size), stride=1, padding=(0, size // 2))
+    return F.max_pool2d(rows, (size, 1), stride=1, padding=(size // 2, 0))
 
 
 def _grid(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +108,29 @@ def _centroids(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shape(mask: Tensor, area: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """By the share of its circumscribed circle that a shape fills, and whether its middle is empty."""
+    """A ring has an empty middle, a triangle three corners; a circle fills more of its circumscribed circle than a square.
+
+    The corners are counted by the third moment of the mask in polar form, |mean (dx + i dy)^3| / mean(r^2)^1.5: 0.79 for
+    an equilateral triangle, 0 for whatever looks the same upside down. It holds when blur rounds the corners off.
+    """
     grid_x, grid_y = _grid(mask)
-    distance = torch.hypot(grid_x - x[:, :, None, None], grid_y - y[:, :, None, None])
-    radius = (distance * mask).amax(dim=(2, 3)) + 0.5 / mask.shape[2]
-    middle = (distance < 0.3 * radius[:, :, None, None]).float()
+    dx, dy = grid_x - x[:, :, None, None], grid_y - y[:, :, None, None]
+    r2 = dx.square() + dy.square()
+
+    def mean(values: Tensor) -> Tensor:
+        return (mask * values).sum(dim=(2, 3)) / mask.sum(dim=(2, 3)).clamp(min=1)
+
+    third = torch.hypot(mean(dx * (r2 - 4 * dy.square())), mean(dy * (4 * dx.square() - r2)))
+    corners = third / mean(r2).clamp(min=1e-6) ** 1.5
+    radius = (r2 * mask).amax(dim=(2, 3)).sqrt() + 0.5 / mask.shape[2]
+    middle = (r2 < (0.3 * radius[:, :, None, None]).square()).float()
     hollow = 1 - (mask * middle).sum(dim=(2, 3)) / middle.sum(dim=(2, 3)).clamp(min=1)
-    fill = (area / (math.pi * radius.square()).clamp(min=1e-6)).median(dim=1).values
-    shape = torch.full_like(fill, SHAPES.index("triangle"), dtype=torch.long)
-    shape[fill > 0.51] = SHAPES.index("square")
-    shape[fill > 0.80] = SHAPES.index("circle")
-    shape[hollow.median(dim=1).values > 0.5] = SHAPES.index("ring")
+    fill = area / (math.pi * radius.square()).clamp(min=1e-6)
+
+    shape = torch.full_like(mask[:, 0, 0, 0], SHAPES.index("square"), dtype=torch.long)
+    shape[fill.median(dim=1).values > ROUND] = SHAPES.index("circle")
+    shape[corners.median(dim=1).values > THREE_CORNERS] = SHAPES.index("triangle")
+    shape[hollow.median(dim=1).values > HOLLOW] = SHAPES.index("ring")
     return shape
 
 

@@ -1,0 +1,115 @@
+"""`turbowan generate` as its users call it: another process, its output, its exit code, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import pytest
+from typer.testing import CliRunner
+
+from turbowan.cli.main import app
+from turbowan.errors import MediaError, RequestError
+
+SMALL = ["--width", "64", "--height", "48", "--num-frames", "5", "--num-steps", "2"]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "turbowan", "generate", *map(str, arguments)]
+
+
+def turbowan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def test_from_a_prompt_to_a_file_and_one_line_of_json(tmp_path):
+    target = tmp_path / "made" / "a b.mp4"
+    done = turbowan("--prompt", "a red circle moves right", "-o", target, "--json", "--seed", "5", *SMALL)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["files"] == [str(target)]
+    assert (result["frames"], result["height"], result["width"], result["seed"]) == (5, 48, 64, 5)
+    assert set(result["stages"]) == {"text", "condition", "load", "denoise", "switch", "decode", "write", "total"}
+    assert result["stages"]["write"] > 0
+    assert "note: tiny is not distilled: 2 steps are too few" in done.stderr
+    assert "denoise" not in done.stderr  # progress is for terminals
+    with av.open(str(target)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+        assert "a red circle moves right" in container.metadata["title"]
+
+
+def test_a_file_of_prompts_makes_a_video_of_each_line(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  ein blaues Quadrat – 蓝色的方块\n", encoding="utf-8")
+    done = turbowan("--prompt-file", prompts, "-o", tmp_path / "v.gif", "--num-samples", "2", *SMALL)
+    assert done.returncode == 0, done.stderr
+    names = ["v-000-0.gif", "v-000-1.gif", "v-001-0.gif", "v-001-1.gif"]
+    assert done.stdout.split() == [str(tmp_path / name) for name in names]
+    assert sorted(p.name for p in tmp_path.glob("*.gif")) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--num-frames", "80"], "num_frames must be 4k+1, got 80 (nearest: 77 or 81)"),
+        (["--num-frames", "0"], "num_frames must be 4k+1, got 0 (nearest: 1 or 5)"),
+        (["--width", "17", "--height", "31"], "width must be a multiple of 16 from 16 to 4096 pixels, got 17"),
+        (["--model", "huge"], "there is no model 'huge'"),
+        (["--vae", "none.pth"], "vae file none.pth does not exist"),
+        (["--image", "none.png"], "none.png"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x" * 10_000], "prompt has 10,000 characters; at most 5,000 are taken"),
+        (["--prompt-file", "p.txt"], "give one of --prompt and --prompt-file"),
+        (["-o", "video.avi"], "ends in '.avi'"),
+        (["-o", "/dev/null/video.mp4"], "/dev/null"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, line, tmp_path):
+    given = ["--prompt", "a red circle", "-o", str(tmp_path / "v.mp4"), *arguments]
+    done = turbowan(*given)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert line in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompt_files_that_hold_none(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "picture.txt").write_bytes(bytes(range(128, 256)))
+    for name, error in (("empty.txt", "has no prompts"), ("picture.txt", "cannot be read as text"), ("no.txt", "no.txt")):
+        outcome = CliRunner().invoke(app, ["generate", "--prompt-file", str(tmp_path / name), "-o", str(tmp_path / "v.mp4")])
+        assert isinstance(outcome.exception, RequestError)
+        assert error in str(outcome.exception)
+
+
+def test_the_place_is_tried_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "v.mp4"
+    outcome = CliRunner().invoke(app, ["generate", "--model", "huge", "--prompt", "a cat", "-o", str(target)])
+    assert isinstance(outcome.exception, MediaError)
+
+
+def test_ctrl_c_stops_between_steps_and_leaves_nothing(tmp_path):
+    arguments = ["--prompt", "a red circle", "--num-steps", "900", "--num-frames", "5", "--width", "64", "--height", "48"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    work = subprocess.Popen(
+        command(*arguments, "-o", tmp_path / "v.mp4"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    time.sleep(12)
+    assert work.poll() is None, work.communicate()
+    work.send_signal(signal.SIGINT)
+    out, err = work.communicate(timeout=60)
+    assert work.returncode == 130
+    assert out == ""
+    assert err.strip().splitlines()[-1] == "turbowan: stopped"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,55 @@
+"""The layers whose weights stay in 8 bits."""
+
+import pytest
+import torch
+from torch import nn
+
+from turbowan import ops
+from turbowan.models.linear import QUANTIZED, Fp8Linear, Int8BlockLinear, Int8RowLinear
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
+
+def quantised(kind, layer):
+    """The 8-bit layer of a full-precision one."""
+    small = kind(layer.in_features, layer.out_features)
+    if kind is Int8BlockLinear:
+        small.int8_weight, small.scale = ops.quantize_int8_blockwise(layer.weight.detach())
+    elif kind is Int8RowLinear:
+        small.weight, small.weight_scale = ops.quantize_int8_rowwise(layer.weight.detach())
+    else:
+        small.scale_weight = layer.weight.detach().abs().max().view(1) / 448
+        small.weight = (layer.weight.detach() / small.scale_weight).to(torch.float8_e4m3fn)
+    small.bias = layer.bias.detach().clone()
+    return small
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("shape", [(1, 5), (2, 130), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stands_in_for_a_linear_layer(kind, shape, dtype, relative_error):
+    layer = nn.Linear(200, 90).requires_grad_(False)
+    x = torch.randn(*shape, 200, dtype=dtype)
+    out = quantised(kind, layer)(x)
+    assert out.shape == (*shape, 90)
+    assert out.dtype == dtype
+    assert 1e-4 < relative_error(out, layer(x.float())) < 0.06
+
+
+@pytest.mark.parametrize("rows", [1, 100, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_never_cross_samples(rows, dtype):
+    """Bit for bit: what a sample gives does not depend on what it is batched with, however large that is."""
+    layer = quantised(Int8BlockLinear, nn.Linear(200, 90))
+    x = torch.randn(3, rows, 200, dtype=dtype)
+    x[1] *= 1000
+    whole = layer(x)
+    for i in range(3):
+        assert torch.equal(layer(x[i : i + 1]), whole[i : i + 1])
+
+
+def test_fp8_without_bias():
+    layer = Fp8Linear(8, 4, bias=False)
+    layer.weight.copy_(torch.eye(4, 8).to(torch.float8_e4m3fn))
+    x = torch.randn(2, 8)
+    assert torch.equal(layer(x), x[:, :4])

@@ -1,0 +1,134 @@
+"""Selection: constraints, priorities, forcing; and two copies of the package in one process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import turbowan
+from turbowan import ops
+from turbowan.errors import MachineError
+from turbowan.ops import OPERATIONS, Facts
+from turbowan.ops.registry import Constraints, Implementation
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
+CPU = Facts("cpu", torch.float32, 128)
+H100 = Facts("cuda", torch.bfloat16, 128, (9, 0))
+
+
+def doubled(x, weight, eps):
+    """An implementation that can be told from the eager twin."""
+    return 2 * OPERATIONS["rms_norm"].eager(x, weight, eps)
+
+
+@pytest.fixture
+def rms_norm(monkeypatch):
+    """The operation, whose list of implementations is put back afterwards."""
+    operation = OPERATIONS["rms_norm"]
+    monkeypatch.setattr(operation, "implementations", list(operation.implementations))
+    return operation
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(3, 64), torch.rand(64) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("constraints", "facts", "reason"),
+    [
+        (Constraints(), H100, None),
+        (Constraints(devices=("cuda",)), CPU, "needs device cuda, got cpu"),
+        (Constraints(devices=("cuda", "cpu")), CPU, None),
+        (Constraints(dtypes=(torch.bfloat16,)), CPU, "needs dtype bfloat16, got torch.float32"),
+        (Constraints(head_sizes=(64,)), CPU, "needs head size 64, got 128"),
+        (Constraints(head_sizes=(64, 128)), CPU, None),
+        (Constraints(min_capability=(9, 0)), H100, None),
+        (Constraints(min_capability=(10, 0)), H100, "needs compute capability (10, 0), got (9, 0)"),
+        (Constraints(min_capability=(8, 0)), CPU, "needs compute capability (8, 0), got None"),
+    ],
+)
+def test_constraints_say_why(constraints, facts, reason):
+    assert constraints.refusal(facts) == reason
+
+
+def test_highest_priority_that_may_run_is_selected(rms_norm, inputs):
+    eager = ops.rms_norm(*inputs)
+    rms_norm.add(Implementation("gpu", doubled, Constraints(devices=("cuda",)), priority=9))
+    assert torch.equal(ops.rms_norm(*inputs), eager)
+    rms_norm.add(Implementation("doubled", doubled, priority=1))
+    assert torch.equal(ops.rms_norm(*inputs), 2 * eager)
+    choice = rms_norm.select(CPU)
+    assert choice.implementation.name == "doubled"
+    assert choice.refused == (("gpu", "needs device cuda, got cpu"),)
+    assert rms_norm.select(Facts("cuda", torch.float32)).implementation.name == "gpu"
+
+
+def test_a_forced_implementation_runs(rms_norm, inputs):
+    eager = ops.rms_norm(*inputs)
+    rms_norm.add(Implementation("doubled", doubled, priority=-1))
+    assert torch.equal(ops.rms_norm(*inputs), eager)
+    with ops.force(rms_norm="doubled"):
+        assert torch.equal(ops.rms_norm(*inputs), 2 * eager)
+        with ops.force(rms_norm="eager"):
+            assert torch.equal(ops.rms_norm(*inputs), eager)
+        assert torch.equal(ops.rms_norm(*inputs), 2 * eager)
+    assert torch.equal(ops.rms_norm(*inputs), eager)
+
+
+def test_a_forced_implementation_never_falls_back(rms_norm, inputs):
+    rms_norm.add(Implementation("gpu", doubled, Constraints(devices=("cuda",))))
+    with ops.force(rms_norm="gpu"), pytest.raises(MachineError, match=r"rms_norm cannot use 'gpu' here \(needs device"):
+        ops.rms_norm(*inputs)
+    with ops.force(rms_norm="fast"), pytest.raises(MachineError, match=r"'fast' here \(known: eager, gpu"):
+        ops.rms_norm(*inputs)
+    with ops.force(rms_norm="fast"), pytest.raises(MachineError):
+        ops.explain(CPU)
+
+
+def test_a_forced_implementation_is_not_swapped_for_one_with_a_gradient(rms_norm, inputs):
+    x, weight = inputs
+    rms_norm.add(Implementation("doubled", doubled, priority=1))
+    ops.rms_norm(x.requires_grad_(), weight).sum().backward()  # an automatic choice may
+    assert x.grad is not None
+    with ops.force(rms_norm="doubled"), pytest.raises(MachineError, match="only 'eager' has a gradient"):
+        ops.rms_norm(x, weight)
+    with ops.force(rms_norm="doubled"), torch.no_grad():
+        ops.rms_norm(x, weight)
+
+
+def test_force_is_undone_after_an_error(rms_norm):
+    with pytest.raises(ZeroDivisionError), ops.force(rms_norm="eager"):
+        raise ZeroDivisionError
+    assert rms_norm.forced is None
+
+
+def test_explain_names_a_choice_for_every_operation():
+    choices = ops.explain(CPU)
+    assert list(choices) == sorted(OPERATIONS)
+    for name, choice in choices.items():
+        assert choice.implementation in OPERATIONS[name].implementations
+
+
+def test_a_second_copy_of_the_package_keeps_its_own_choices(inputs):
+    """Installed and cloned inside ComfyUI at once: one import must not break the other, nor answer for it."""
+    folder = Path(turbowan.__file__).parent
+    name = "another_turbowan"
+    where = {"location": folder / "__init__.py", "submodule_search_locations": [str(folder)]}
+    spec = importlib.util.spec_from_file_location(name, **where)
+    try:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        copy = importlib.import_module(f"{name}.ops")
+        assert copy.OPERATIONS["rms_norm"] is not OPERATIONS["rms_norm"]
+        expected = ops.rms_norm(*inputs)
+        assert torch.equal(copy.rms_norm(*inputs), expected)
+        copy.OPERATIONS["rms_norm"].add(Implementation("doubled", doubled, priority=1))
+        assert torch.equal(copy.rms_norm(*inputs), 2 * expected)
+        assert torch.equal(ops.rms_norm(*inputs), expected)
+    finally:
+        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+            del sys.modules[module]

@@ -1,0 +1,209 @@
+"""From a request to frames, for real on the CPU: the embedded model, and image-to-video experts of random weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import turbowan
+from turbowan import Engine, GenerateRequest
+from turbowan.checkpoints.files import write_tensors
+from turbowan.checkpoints.official import write_transformer
+from turbowan.checkpoints.quantize import quantize_transformer
+from turbowan.clock import STAGES
+from turbowan.engine import EMBEDDED
+from turbowan.errors import CheckpointError, MachineError, RequestError
+from turbowan.models.transformer import TransformerConfig, WanTransformer
+from turbowan.stages import to_uint8
+
+TINY = EMBEDDED / "tiny"
+PARTS = {
+    "vae": TINY / "vae.safetensors",
+    "text_encoder": TINY / "text_encoder.safetensors",
+    "tokenizer": TINY / "tokenizer",
+}
+SMALL = {"width": 96, "height": 64, "num_frames": 9}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Engine:
+    return Engine.load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two image-to-video experts with SLA and an image-to-video model of the first one's weights, int8 like all."""
+    folder = tmp_path_factory.mktemp("experts")
+    files = {}
+    for name in ("high", "low"):
+        net = WanTransformer(TransformerConfig(256, 512, 2, text_dim=128, in_dim=36, has_sla=True)).bfloat16()
+        with torch.no_grad():
+            net.head.head.weight.mul_(4)
+        files[name] = folder / f"{name}.pth"
+        write_tensors(files[name], write_transformer(quantize_transformer(net.state_dict())))
+    return files
+
+
+def quiet(engine: Engine, request: GenerateRequest, **more) -> turbowan.GenerateResult:
+    """Generate without the note that few steps are few."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return engine.generate(request, **more)
+
+
+def photo() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+
+
+def test_result_holds_what_was_asked_for(tiny):
+    result = quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=2, num_samples=2, **SMALL))
+    assert [video.shape for video in result.videos] == [(9, 64, 96, 3)] * 2
+    assert result.frames.dtype == np.uint8
+    assert not np.array_equal(*result.videos)
+    assert tuple(result.stages) == STAGES
+    for name in ("text", "denoise", "decode", "total"):
+        assert result.stages[name] > 0
+    assert result.stages["condition"] == result.stages["switch"] == result.stages["write"] == 0.0
+    assert sum(v for k, v in result.stages.items() if k != "total") <= result.stages["total"]
+    assert result.peak_memory["host"] > 10**8
+    assert result.settings["num_steps"] == 2
+    assert result.settings["guidance_scale"] == tiny.manifest.guidance_scale
+
+
+def test_a_seed_repeats_bit_by_bit_and_another_does_not(tiny):
+    first, again, other = (
+        quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=2, seed=seed, **SMALL)).frames
+        for seed in (3, 3, 4)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_the_defaults_make_what_the_prompt_says(tiny):
+    """The manifest's size and a few of its steps: a red thing on a blue ground."""
+    request = GenerateRequest(prompt="a large red circle stays still on a plain blue background", num_steps=10, seed=1)
+    frames = tiny.generate(request).frames
+    assert frames.shape == (33, 160, 256, 3)
+    red, green, blue = (frames[16, ..., c].astype(int) for c in range(3))
+    assert ((blue > red + 60) & (blue > green + 60)).mean() > 0.5
+    assert 0.01 < ((red > blue + 60) & (red > green + 60)).mean() < 0.4
+
+
+def test_progress_tells_every_stage_and_its_exception_ends_the_work(tiny):
+    seen = []
+    quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=3, **SMALL), progress=seen.append)
+    assert [(at.done, at.total) for at in seen if at.stage == "denoise"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [at.done for at in seen if at.stage == "decode"] == [0, 1, 2, 3]
+
+    def stop(at: turbowan.Progress) -> None:
+        if (at.stage, at.done) == ("denoise", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=3, **SMALL), progress=stop)
+    assert quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=1, **SMALL)).frames.shape == (9, 64, 96, 3)
+
+
+def test_few_steps_of_an_undistilled_model_are_remarked_on(tiny):
+    with pytest.warns(UserWarning, match="4 steps are too few"):
+        tiny.generate(GenerateRequest(prompt="a red circle", num_steps=4, width=32, height=32, num_frames=1))
+
+
+@pytest.mark.parametrize("sampler", ["rcm", "euler", "unipc"])
+def test_every_sampler_runs_and_one_frame_is_a_picture(tiny, sampler):
+    request = GenerateRequest(prompt="a red circle", sampler=sampler, num_steps=2, width=64, height=48, num_frames=1)
+    assert quiet(tiny, request).frames.shape == (1, 48, 64, 3)
+
+
+@pytest.mark.parametrize("prompt", ["一只红色的猫在草地上奔跑", "🚀" * 300, "a red circle " * 384])
+def test_any_language_and_any_length_up_to_the_limit(tiny, prompt):
+    request = GenerateRequest(prompt=prompt, num_steps=1, width=32, height=32, num_frames=1)
+    assert quiet(tiny, request).frames.shape == (1, 32, 32, 3)
+
+
+def test_two_experts_meet_at_the_boundary(experts):
+    """rCM's times for 4 steps are 0.988 or more, then 0.93, 0.83 and 0.61: the boundary decides who does how many."""
+    request = {"prompt": "a red circle", "image": photo(), "seed": 2, **SMALL}
+
+    def frames(boundary: float, high: str = "high", low: str = "low") -> np.ndarray:
+        engine = Engine.load(high_noise=experts[high], low_noise=experts[low], **PARTS, device="cpu")
+        return engine.generate(GenerateRequest(boundary=boundary, **request)).frames
+
+    single = Engine.load(transformer=experts["high"], **PARTS, device="cpu")
+    alone = single.generate(GenerateRequest(sigma_max=200.0, **request)).frames
+    assert np.array_equal(frames(0.0), alone)
+    assert np.array_equal(frames(0.9, "high", "high"), alone)
+    both = frames(0.9)
+    assert not np.array_equal(both, alone)
+    assert not np.array_equal(both, frames(0.9, "low", "low"))
+
+
+@pytest.mark.parametrize("attention", ["original", "sla", "sagesla"])
+def test_features_together_int8_attention_experts_memory(experts, attention):
+    """Freeing every part after its stage, with int8 weights and two experts, changes no bit; the seconds are told apart."""
+    request = {"prompt": "a blue ring", "image": photo(), "attention": attention, "sla_topk": 0.5, "num_samples": 2}
+    results = []
+    for memory in ("speed", "minimal"):
+        engine = Engine.load(high_noise=experts["high"], low_noise=experts["low"], **PARTS, device="cpu")
+        results.append(engine.generate(GenerateRequest(memory=memory, seed=9, **request, **SMALL)))
+    kept, freed = results
+    assert all(np.array_equal(a, b) for a, b in zip(kept.videos, freed.videos, strict=True))
+    assert freed.stages["load"] > 0
+    assert freed.stages["condition"] > 0
+    assert freed.settings["attention"] == attention
+
+
+def test_image_decides_the_size_when_asked(experts):
+    engine = Engine.load(high_noise=experts["high"], low_noise=experts["low"], **PARTS, device="cpu")
+    request = GenerateRequest(
+        prompt="a photo", image=photo(), width=96, height=96, adaptive_resolution=True, num_frames=1, num_steps=1
+    )
+    height, width = engine.generate(request).frames.shape[1:3]
+    assert width > height  # the picture is 100 x 60
+    assert width % 16 == height % 16 == 0
+    assert abs(width * height - 96 * 96) / (96 * 96) < 0.25
+
+
+def test_requests_that_do_not_fit_the_model(tiny, experts):
+    with pytest.raises(RequestError, match="text-to-video; it takes no image"):
+        tiny.generate(GenerateRequest(prompt="a red circle", image=photo()))
+    i2v = Engine.load(high_noise=experts["high"], low_noise=experts["low"], **PARTS, device="cpu")
+    with pytest.raises(RequestError, match="from an image; give one"):
+        i2v.generate(GenerateRequest(prompt="a red circle"))
+    with pytest.raises(RequestError, match="adaptive_resolution needs an image"):
+        tiny.generate(GenerateRequest(prompt="a red circle", adaptive_resolution=True))
+    with pytest.raises(CheckpointError, match="proj_l"):
+        tiny.generate(GenerateRequest(prompt="a red circle", attention="sla"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_asking_for_it_is_an_error(tiny):
+    with pytest.raises(MachineError, match="needs a CUDA device"):
+        quiet(tiny, GenerateRequest(prompt="a red circle", noise_device="cuda", num_steps=1, **SMALL))
+    with pytest.raises(MachineError, match="PyTorch sees 0 CUDA devices"):
+        Engine.load("tiny", device="cuda:0")
+
+
+def test_models_that_are_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no model 'huge'.*tiny"):
+        Engine.load("huge")
+    with pytest.raises(CheckpointError, match="is a single file; name it as --transformer"):
+        Engine.load(TINY / "transformer.safetensors")
+    with pytest.raises(CheckpointError, match="vae file .* does not exist"):
+        Engine.load("tiny", vae=tmp_path / "none.safetensors")
+
+
+def test_named_files_stand_before_the_models(experts):
+    engine = Engine.load("tiny", transformer=experts["high"], device="cpu")
+    assert engine.needs_image
+    assert engine.manifest.files["vae"] == PARTS["vae"]
+
+
+def test_bytes_are_rounded_as_the_official_code_does():
+    values = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
+    expected = [int(255 * min(max((v + 1) / 2, 0), 1) + 0.5) for v in values.tolist()]
+    assert to_uint8(values).tolist() == expected

@@ -1,0 +1,58 @@
+"""Facts about the machine, and which versions of PyTorch are refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbowan import machine
+from turbowan.errors import MachineError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+@pytest.mark.parametrize("version", ["2.7.0", "2.7.1+cu126", "2.8.0", "2.10.0.dev20251101", "2.13.0+cpu", "3.0"])
+def test_pytorch_that_serves(version: str) -> None:
+    assert machine.torch_problem(version) is None
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.6.0", "2.0", "2.9.0", "2.9.1+cu128", "2.9.0a0+git1234", "2.9"])
+def test_pytorch_that_does_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(MachineError, match=rf"PyTorch {re.escape(version)} .*; install torch >= 2"):
+        machine.check_torch()
+
+
+def test_the_required_packages_are_those_of_the_project() -> None:
+    dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
+    found = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in dependencies)  # type: ignore[union-attr]
+    found.pop("tomli")  # part of Python from 3.11 on
+    assert found == machine.REQUIRED
+
+
+def test_versions_compare_as_numbers() -> None:
+    versions: dict[str, str | None] = dict.fromkeys(machine.REQUIRED, "100.0")
+    assert machine.package_problems(versions) == []
+    versions |= {"numpy": "1.9.9", "rich": "13", "av": "9"}
+    assert [line.split(" is ")[0] for line in machine.package_problems(versions)] == ["numpy 1.9.9", "av 9"]
+
+
+def test_free_disk_of_a_place_that_does_not_exist_yet(tmp_path: Path) -> None:
+    assert machine.free_disk(tmp_path / "not" / "yet") == pytest.approx(machine.free_disk(tmp_path), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (4_548_313, "4.5 MB"), (28_577_000_000, "28.6 GB"), (16_000, "16.0 kB")],
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert machine.size_text(count) == text

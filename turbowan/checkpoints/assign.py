@@ -1,0 +1,87 @@
+"""A state's tensors into a module built on the meta device. Nothing is allocated twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
+from .files import State
+from .scales import FP8, expand
+
+# These compute in float32 whatever the model's dtype, so a file's float32 is kept for them.
+_FLOAT32_PARTS = ("time_embedding.", "time_projection.", "head.", "modulation", "norm")
+# The large layers of both models; the others are few, and some of their weights are used outside of nn.Linear.
+_RUNS_IN_8_BITS = re.compile(r"(^|\.)blocks?\.\d+\.(?!.*proj_l$)")
+
+
+def fit_quantized(net: nn.Module, state: State) -> State:
+    """Make module and state agree on what is in 8 bits.
+
+    Linear layers of the blocks whose weight the state holds in 8 bits are swapped for ones that compute with it; other
+    8-bit weights (embeddings, the layers around the blocks) are expanded. Returns the state to assign.
+    """
+    state = dict(state)
+    for name, module in list(net.named_modules()):
+        weight = state.get(f"{name}.weight")
+        is_block = f"{name}.int8_weight" in state
+        if not is_block and (weight is None or weight.dtype not in (*FP8, torch.int8)):
+            continue
+        swapped = isinstance(module, nn.Linear) and _RUNS_IN_8_BITS.search(name) is not None
+        if swapped and weight is not None and weight.dtype in FP8:
+            layer = Fp8Linear(module.in_features, module.out_features, module.bias is not None, weight.dtype, "meta")
+            layer.scale_weight = state.setdefault(f"{name}.scale_weight", torch.ones(1)).to("meta")
+            net.set_submodule(name, layer)
+        elif swapped and module.bias is not None:
+            kind = Int8BlockLinear if is_block else Int8RowLinear
+            net.set_submodule(name, kind(module.in_features, module.out_features, "meta"))
+        else:
+            expand(state, name)
+    return state
+
+
+def check_fit(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """See that a state has a module's keys and shapes, and no others.
+
+    Raises:
+        CheckpointError: keys missing or left over, or a shape that differs, with counts and an example.
+    """
+    wanted = net.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    if missing or extra:
+        parts = [
+            f"{len(keys)} tensors are {what} (e.g. {keys[0]})"
+            for keys, what in ((missing, "missing"), (extra, "not part of it"))
+            if keys
+        ]
+        raise CheckpointError(f"{name} does not fit this model: {', '.join(parts)}")
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            raise CheckpointError(
+                f"{name}: {key} has shape {list(state[key].shape)}, expected {list(value.shape)}"
+                " (are files of two sizes mixed?)"
+            )
+
+
+def assign(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a module the tensors of a state that fits it, on `device` and in `dtype`; 8-bit weights keep theirs."""
+    placed = {
+        key: state[key].to(device=device, dtype=_target_dtype(key, state[key], wanted, dtype))
+        for key, wanted in net.state_dict().items()
+    }
+    net.load_state_dict(placed, assign=True)
+    net.requires_grad_(False)
+
+
+def _target_dtype(key: str, value: Tensor, wanted: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if wanted.dtype in (*FP8, torch.int8):
+        return wanted.dtype
+    if key.endswith((".scale", ".weight_scale", ".scale_weight")):
+        return torch.float32
+    if value.dtype == torch.float32 and any(part in key for part in _FLOAT32_PARTS):
+        return torch.float32
+    return dtype

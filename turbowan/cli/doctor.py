@@ -1,0 +1,170 @@
+"""`turbowan doctor`: what this machine has, what each operation would use on it and why, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..ops.registry import Choice
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Look at this machine. Exit code 0: everything needed works; 2: something is missing, the last lines say what."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+    raise typer.Exit(2 if report["problems"] else 0)
+
+
+def examine() -> dict[str, Any]:
+    """All facts, as `--json` prints them. problems: what must be mended; notes: what could be better."""
+    from .. import __version__
+    from ..machine import REQUIRED, host, package_problems, package_versions
+
+    packages = package_versions()
+    report: dict[str, Any] = {"turbowan": __version__, **host(), "packages": packages}
+    report |= {"problems": package_problems(packages), "notes": []}
+    if all(packages[name] for name in REQUIRED):
+        _examine_torch(report)
+        _examine_parts(report)
+    return report
+
+
+def _examine_torch(report: dict[str, Any]) -> None:
+    import torch
+
+    from ..machine import cuda_devices
+    from ..ops import Facts, explain
+
+    report["torch_cuda"] = torch.version.cuda or torch.version.hip
+    report["torch_threads"] = torch.get_num_threads()
+    devices = report["devices"] = cuda_devices()
+    if not devices and Path("/dev/nvidia0").exists():
+        reason = "it is built without CUDA" if report["torch_cuda"] is None else "the driver may be too old for it"
+        report["notes"].append(f"there is an NVIDIA GPU, but PyTorch does not see it: {reason}")
+    facts = {"cpu float32": Facts("cpu", torch.float32)}  # what `precision="auto"` computes with
+    for device in devices:
+        major, minor = device["capability"]
+        facts[f"cuda {major}.{minor} bfloat16"] = Facts("cuda", torch.bfloat16, capability=(major, minor))
+    operations: dict[str, dict[str, Any]] = {}
+    for place, here in facts.items():
+        for name, choice in explain(here).items():
+            operations.setdefault(name, {})[place] = {
+                "uses": choice.implementation.name, "why": _why(choice), "others": choice.others(),
+            }  # fmt: skip
+    report["operations"] = operations
+
+
+def _why(choice: Choice) -> str:
+    if choice.forced:
+        return "forced"
+    if choice.passed_over:
+        return "highest priority of those that can run"
+    return "the only one that can run" if choice.refused else "the only one there is"
+
+
+def _examine_parts(report: dict[str, Any]) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from ..checkpoints.tokenizer import HUB_NAME, in_hub_cache
+    from ..engine import Engine
+    from ..errors import TurbowanError
+    from ..machine import free_disk
+
+    report["hub_cache"], report["hub_cache_free"] = HF_HUB_CACHE, free_disk(Path(HF_HUB_CACHE))
+    report["encoders"] = {name: _encoder_problem(suffix) for name, suffix in (("H.264", ".mp4"), ("VP9", ".webm"))}
+    for name, problem in report["encoders"].items():
+        if problem is not None:
+            line = f"the video encoder {name} does not work ({problem}); reinstall it: pip install --force-reinstall av"
+            report["problems" if name == "H.264" else "notes"].append(line)
+    try:
+        model = Engine.load("tiny", device="cpu").manifest
+        report["embedded_model"] = {role: str(path) for role, path in model.files.items()}
+    except TurbowanError as error:
+        report["embedded_model"] = None
+        report["problems"].append(f"the embedded model is not whole ({error}); install turbowan again")
+    report["tokenizers"] = {"tiny": (report["embedded_model"] or {}).get("tokenizer"), HUB_NAME: None}
+    cached = in_hub_cache()
+    if cached is not None:
+        report["tokenizers"][HUB_NAME] = str(cached)
+
+
+def _encoder_problem(suffix: str) -> str | None:
+    """None if a video of this kind can be written here, found out by writing one; else the reason."""
+    from tempfile import TemporaryDirectory
+
+    import numpy as np
+
+    from ..media.video import write_video
+
+    frames = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+    try:
+        with TemporaryDirectory() as folder:
+            write_video(Path(folder) / f"probe{suffix}", frames, fps=16)
+    except Exception as error:  # whatever a build of the libraries may lack
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    return None
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from ..machine import OPTIONAL, REQUIRED
+    from .table import print_table
+
+    print_table("Machine", _machine_rows(report))
+    needs = {name: f"needs >= {oldest}" for name, oldest in REQUIRED.items()}
+    uses = {name: f"optional: {use}" for name, use in OPTIONAL.items()}
+    packages = [(name, version or "missing", (needs | uses)[name]) for name, version in report["packages"].items()]
+    print_table("Packages", packages)
+    if "operations" in report:
+        operations = [
+            (name, place, choice["uses"], choice["why"], "; ".join(f"{o}: {r}" for o, r in choice["others"].items()))
+            for name, places in report["operations"].items()
+            for place, choice in places.items()
+        ]
+        print_table("Operations", operations, ("operation", "on", "uses", "why", "not chosen"))
+    for note in report["notes"]:
+        print(f"note: {note}")
+    for problem in report["problems"]:
+        print(f"problem: {problem}")
+    if not report["problems"]:
+        print("everything needed works")
+
+
+def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    from ..machine import size_text
+
+    def memory(of: dict[str, Any]) -> str:
+        total, free = (size_text(of[key]) if of[key] is not None else "?" for key in ("memory", "memory_free"))
+        return f"{total}, {free} free"
+
+    rows = [
+        ("turbowan", report["turbowan"]),
+        ("python", f"{report['python']} ({report['executable']})"),
+        ("platform", report["platform"]),
+        ("CPU", f"{report['cpu_threads']} threads"),
+        ("memory", memory(report)),
+    ]
+    if "devices" in report:
+        rows += [
+            (f"GPU {i}", f"{gpu['name']}, capability {'.'.join(map(str, gpu['capability']))}, {memory(gpu)}")
+            for i, gpu in enumerate(report["devices"])
+        ] or [("GPU", "none that PyTorch sees")]
+        built = f"for {report['torch_cuda']}" if report["torch_cuda"] else "for the CPU alone"
+        rows += [("PyTorch", f"{report['packages']['torch']} {built}, {report['torch_threads']} CPU threads")]
+    if "encoders" in report:
+        found = [f"{name}: {problem or 'works'}" for name, problem in report["encoders"].items()]
+        rows += [
+            ("video", ", ".join(found)),
+            ("embedded model", "complete" if report["embedded_model"] else "not whole"),
+            *((f"tokenizer {name}", where or "not here") for name, where in report["tokenizers"].items()),
+            ("hub cache", f"{report['hub_cache']}, {size_text(report['hub_cache_free'])} free"),
+        ]
+    return rows

@@ -1,0 +1,143 @@
+"""What this machine is and has: interpreter, PyTorch, devices, memory, disk, packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import MachineError
+
+REQUIRED = {  # the oldest versions that serve
+    "torch": "2.7", "numpy": "1.26", "safetensors": "0.4.5", "transformers": "4.48", "sentencepiece": "0.2",
+    "ftfy": "6.1", "huggingface_hub": "0.27", "av": "13", "pillow": "10", "typer": "0.12", "rich": "13",
+}  # fmt: skip
+OPTIONAL = {"triton": "torch.compile and kernels on a GPU", "diffusers": "comparisons with its models in the tests"}
+
+
+def torch_problem(version: str) -> str | None:
+    """Why this PyTorch cannot be used, as a line that says what to do; None when it can.
+
+    2.9 computes bfloat16 3-D convolutions, all of the VAE, without cuDNN: 4 to 20 times slower and in 3 to 17 times the
+    memory, and wrongly with some cuDNN versions (pytorch issues 166643, 166122, 163539).
+    """
+    found = _numbers(version)
+    if found < _numbers(REQUIRED["torch"]):
+        return f"PyTorch {version} is too old; install torch >= {REQUIRED['torch']}"
+    if found[:2] == (2, 9):
+        return f"PyTorch {version} breaks the VAE (its bfloat16 conv3d); install torch >= 2.10, or 2.8"
+    return None
+
+
+def check_torch() -> None:
+    """Raise MachineError where the installed PyTorch cannot be used."""
+    import torch
+
+    problem = torch_problem(torch.__version__)
+    if problem is not None:
+        raise MachineError(problem)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Version of each required and optional package, None where it is missing."""
+    return {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+
+
+def package_problems(versions: dict[str, str | None]) -> list[str]:
+    """A line for each required package that is missing or too old."""
+    problems = []
+    for name, oldest in REQUIRED.items():
+        version = versions[name]
+        if name == "torch" and version is not None:
+            problem = torch_problem(version)
+            problems += [problem] if problem else []
+        elif version is None:
+            problems.append(f"the package {name} is missing; run: pip install '{name}>={oldest}'")
+        elif _numbers(version) < _numbers(oldest):
+            problems.append(f"{name} {version} is too old; run: pip install '{name}>={oldest}'")
+    return problems
+
+
+def host() -> dict[str, object]:
+    """Interpreter, platform, CPU threads, and bytes of memory in all and free (None where the system does not tell)."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "cpu_threads": threads,
+        "memory": _pages("SC_PHYS_PAGES"),
+        "memory_free": _pages("SC_AVPHYS_PAGES"),
+    }
+
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """Name, compute capability [major, minor] and bytes of memory of each CUDA device that PyTorch sees."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        devices.append(
+            {
+                "name": torch.cuda.get_device_name(index),
+                "capability": list(torch.cuda.get_device_capability(index)),
+                "memory": total,
+                "memory_free": free,
+            }
+        )
+    return devices
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk of a path, which need not exist yet."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 28.6 GB, 4.5 MB, 812 bytes (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13, 0); 2.9.0a0+git -> (2, 9, 0)."""
+    return tuple(int(n) for n in re.findall(r"\d+", re.match(r"[\d.]*", version).group()))  # type: ignore[union-attr]
+
+
+def free_memory() -> int | None:
+    """Free bytes of memory; all of it where the system does not tell what is free, None where it tells neither."""
+    return _pages("SC_AVPHYS_PAGES") or _pages("SC_PHYS_PAGES")
+
+
+def peak_host_memory() -> int:
+    """The most bytes this process has held; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _pages(name: str) -> int | None:
+    try:
+        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

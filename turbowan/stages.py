@@ -1,0 +1,200 @@
+"""The stages of one generation: text, condition, denoise, decode. The engine calls them in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
+from .checkpoints.manifest import Manifest
+from .clock import Clock, Progress, ProgressCallback
+from .errors import MachineError
+from .memory.residency import Residency
+from .models.tokenizer import TEXT_LENGTH, Tokenizer
+from .models.transformer import AttentionConfig, WanTransformer
+from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
+from .sampling import flow, rcm
+from .sampling.experts import expert_for
+from .settings import Settings
+
+DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
+_ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a transformer gets besides latent and time. text: [B, L, D], its last row standing for all that follow."""
+
+    text: Tensor
+    empty_text: Tensor | None  # the negative prompt's, with guidance
+    image: Tensor | None  # [B, 20, T, h, w]
+    image_tokens: Tensor | None
+
+
+class Run:
+    """One generation: the stages in order, sharing settings, parts and a clock.
+
+    Args:
+        manifest: the model. image_dim: width of its CLIP tokens, None where it takes none.
+        dtype: of weights and activations.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        image_dim: int | None,
+        tokenizer: Tokenizer,
+        parts: Residency,
+        settings: Settings,
+        attention: AttentionConfig,
+        norms: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        report: ProgressCallback,
+    ) -> None:
+        self.manifest, self.image_dim, self.tokenizer, self.parts = manifest, image_dim, tokenizer, parts
+        self.settings, self.attention, self.norms = settings, attention, norms
+        self.dtype, self.device, self.report = dtype, device, report
+        self.clock = Clock(device)
+
+    def _part(self, role: str, load: Callable[..., Any]) -> Any:
+        def timed() -> Any:
+            with self.clock.stage("load"):
+                return load(self.manifest.files[role], self.device, self.dtype)
+
+        return self.parts.get((role, self.dtype), timed)
+
+    def _done(self, role: str) -> None:
+        self.parts.done((role, self.dtype))
+
+    def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
+        guided = self.settings.guidance_scale != 1
+        distinct = list(dict.fromkeys([*prompts, *([self.settings.negative_prompt] if guided else [])]))
+        self.report(Progress("text", 0, 1))
+        encoder = self._part("text_encoder", load_text_encoder)
+        with self.clock.stage("text"):
+            ids, mask = self.tokenizer(distinct)
+            rows = min(TEXT_LENGTH, int(mask.sum(dim=1).max()) + 1)  # the row after the prompt stands for the rest
+            text = encoder(ids[:, :rows].to(self.device), mask[:, :rows].to(self.device))
+        self._done("text_encoder")
+        self.report(Progress("text", 1, 1))
+        wanted = text[[distinct.index(prompt) for prompt in prompts]]
+        return wanted, text[-1:].expand(len(prompts), -1, -1) if guided else None
+
+    def condition(self, texts: tuple[Tensor, Tensor | None], image: Tensor | None) -> Condition:
+        """Everything the transformer is told, for all samples."""
+        n = self.settings.num_samples
+        if image is None:
+            return Condition(*texts, None, None)
+        self.report(Progress("condition", 0, 1))
+        tokens = None
+        if self.image_dim is not None:
+            image_encoder = self._part("image_encoder", load_image_encoder)
+            with self.clock.stage("condition"):
+                tokens = image_encoder(image.to(self.device)).expand(n, -1, -1)
+            self._done("image_encoder")
+        vae = self._part("vae", load_vae)
+        with self.clock.stage("condition"):
+            latent = vae.encode_first_frame(image.to(self.device), self.settings.num_frames)
+            mask = torch.zeros_like(latent[:, :4])
+            mask[:, :, 0] = 1
+            known = torch.cat([mask, latent], dim=1).expand(n, -1, -1, -1, -1)
+        self._done("vae")
+        self.report(Progress("condition", 1, 1))
+        return Condition(*texts, known, tokens)
+
+    def denoise(self, condition: Condition) -> Tensor:
+        """The final latent, float32 [B, 16, T, h, w]."""
+        settings = self.settings
+        shape = (
+            settings.num_samples, LATENT_CHANNELS, latent_frames(settings.num_frames),
+            settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR,
+        )  # fmt: skip
+        velocity = self._velocity_function(condition, rounded=settings.sampler == "rcm")
+
+        def on_step(i: int, latent: Tensor, t: float) -> None:
+            self.report(Progress("denoise", i + 1, settings.num_steps))
+
+        self.report(Progress("denoise", 0, settings.num_steps))
+        with self.clock.stage("denoise"):
+            if settings.sampler == "rcm":
+                times = rcm.timesteps(settings.num_steps, settings.sigma_max)
+                noises = self._noises(shape, 1 if settings.ode else settings.num_steps)
+                latent = rcm.sample(velocity, noises, times, settings.ode, on_step)
+            else:
+                times = flow.timesteps(settings.num_steps, settings.shift)
+                latent = flow.sample(velocity, self._noises(shape, 1)[0], times, settings.sampler, on_step)
+        for name in self.manifest.experts:
+            self._done(_ROLE_OF[name])
+        return latent
+
+    def _noises(self, shape: Sequence[int], count: int) -> list[Tensor]:
+        """Standard normal tensors, one draw each from one generator, on the engine's device."""
+        device = self.settings.noise_device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
+        generator = torch.Generator(device).manual_seed(self.settings.seed)
+        return [torch.randn(shape, generator=generator, device=device).to(self.device) for _ in range(count)]
+
+    def _velocity_function(self, condition: Condition, rounded: bool) -> rcm.VelocityFunction:
+        """The model as samplers see it. `rounded`: the net gets bfloat16 values, as in rCM's code."""
+        settings = self.settings
+
+        def velocity(latent: Tensor, t: float, step: int) -> Tensor:
+            net = self._transformer(t)
+            timestep = torch.tensor(t, dtype=torch.float32) * 1000
+            latent = latent.float()
+            if rounded:
+                latent, timestep = latent.to(torch.bfloat16).float(), timestep.to(torch.bfloat16).float()
+            times = timestep.to(self.device).expand(latent.shape[0])
+
+            def evaluate(text: Tensor) -> Tensor:
+                return net(latent, times, text, condition.image, condition.image_tokens, text_rows=TEXT_LENGTH)
+
+            wanted = evaluate(condition.text)
+            if condition.empty_text is None:
+                return wanted
+            unwanted = evaluate(condition.empty_text)
+            return unwanted + settings.guidance_scale * (wanted - unwanted)
+
+        return velocity
+
+    def _transformer(self, t: float) -> WanTransformer:
+        name = expert_for(t, self.settings.boundary) if self.manifest.two_experts else "single"
+        if name == "low":
+            with self.clock.stage("switch"):
+                self._done("high_noise")
+                net = self._part("low_noise", load_transformer)
+        else:
+            net = self._part(_ROLE_OF[name], load_transformer)
+        net.attention, net.norms = self.attention, self.norms
+        return net
+
+    def decode(self, latent: Tensor) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] per sample."""
+        vae = self._part("vae", load_vae)
+        videos = []
+        done, total = 0, self.settings.num_samples * latent.shape[2]
+        self.report(Progress("decode", 0, total))
+        together = max(1, DECODE_PIXELS[self.device.type] // (self.settings.width * self.settings.height))
+        with self.clock.stage("decode"):
+            for samples in latent.split(together):
+                chunks = []
+                for chunk in vae.decode_stream(samples):
+                    chunks.append(to_uint8(chunk).cpu())
+                    done += len(samples)
+                    self.report(Progress("decode", done, total))
+                videos += list(torch.cat(chunks, dim=2).permute(0, 2, 3, 4, 1).contiguous().numpy())
+        self._done("vae")
+        return videos
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """-1..1 (clamped) to bytes: trunc(255 v + 0.5) of v in 0..1, as the official code writes them."""
+    return ((video.clamp(-1, 1) + 1) * 0.5 * 255 + 0.5).to(torch.uint8)
