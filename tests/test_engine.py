@@ -144,7 +144,7 @@ def test_two_experts_meet_at_the_boundary(experts):
 
 @pytest.mark.parametrize("attention", ["original", "sla", "sagesla"])
 def test_features_together_int8_attention_experts_memory(experts, attention):
-    """Freeing every part after its stage, with int8 weights and two experts, changes no bit; the seconds are told apart."""
+    """Freeing every part after its stage, with int8 weights and two experts, changes no bit."""
     request = {"prompt": "a blue ring", "image": photo(), "attention": attention, "sla_topk": 0.5, "num_samples": 2}
     results = []
     for memory in ("speed", "minimal"):
@@ -189,11 +189,11 @@ def test_without_cuda_asking_for_it_is_an_error(tiny):
 
 
 def test_models_that_are_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no model 'huge'.*tiny"):
+    with pytest.raises(CheckpointError, match=r"no model 'huge'.*tiny"):
         Engine.load("huge")
     with pytest.raises(CheckpointError, match="is a single file; name it as --transformer"):
         Engine.load(TINY / "transformer.safetensors")
-    with pytest.raises(CheckpointError, match="vae file .* does not exist"):
+    with pytest.raises(CheckpointError, match=r"vae file .* does not exist"):
         Engine.load("tiny", vae=tmp_path / "none.safetensors")
 
 

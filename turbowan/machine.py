@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def host() -> dict[str, object]:
         "platform": platform.platform(),
         "cpu_threads": threads,
         "memory": _pages("SC_PHYS_PAGES"),
-        "memory_free": _pages("SC_AVPHYS_PAGES"),
+        "memory_free": free_memory(),
     }
 
 
@@ -123,7 +124,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def free_memory() -> int | None:
-    """Free bytes of memory; all of it where the system does not tell what is free, None where it tells neither."""
+    """Bytes of memory still to be had; all there is where the system does not tell, None where it tells neither.
+
+    Linux counts here what its file cache would give back: after a checkpoint has been read little else looks free.
+    """
+    with suppress(OSError, ValueError):
+        found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     return _pages("SC_AVPHYS_PAGES") or _pages("SC_PHYS_PAGES")
 
 

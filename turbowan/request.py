@@ -27,15 +27,15 @@ class GenerateRequest:
     """One generation. `None` means the value of the model's manifest.
 
     prompt: up to 5,000 characters, any language. image: path, PIL image or array, for image-to-video models.
-    negative_prompt: for models with guidance. resolution: a name of the resolution table, with aspect_ratio; or width and
-    height in pixels, multiples of 16. adaptive_resolution: keep the image's aspect ratio at the same area.
+    negative_prompt: for models with guidance. resolution: a name of the resolution table, with aspect_ratio; or width
+    and height in pixels, multiples of 16. adaptive_resolution: keep the image's aspect ratio at the same area.
     num_frames: 4k+1. fps: frames per second of the file. num_steps: evaluations of the model per sample.
     sampler: "rcm", "euler" or "unipc"; ode: the deterministic form of rcm. sigma_max: first noise level of rcm.
     boundary: time (0..1) at which two experts switch. guidance_scale: 1 means no guidance. shift: of euler and unipc.
     seed: 0..2^64-1. noise_device: "cpu" (the same noise on every machine) or "cuda" (the official code's).
     num_samples: videos from one prompt. attention: "auto", "original", "sla", "sagesla"; sla_topk: share of key blocks.
-    precision: "auto", "float32" or "bf16". norms: "exact" or "official". memory: "auto", "speed", "balanced", "minimal".
-    gpu_budget: bytes, or a text such as "12GB".
+    precision: "auto", "float32" or "bf16". norms: "exact" or "official".
+    memory: "auto", "speed", "balanced" or "minimal". gpu_budget: bytes, or a text such as "12GB".
 
     Raises:
         RequestError: a value out of range; the line names it, its limits and what was given.
@@ -156,7 +156,7 @@ def _positive(name: str, value: float | None) -> None:
 class GenerateResult:
     """What a generation gave.
 
-    videos: one uint8 [T, H, W, 3] per sample. fps: for the file. seed: of the noise. settings: every value that was used.
+    videos: one uint8 [T, H, W, 3] per sample. fps: for the file. seed: of the noise. settings: every value used.
     stages: seconds under text, condition, load, denoise, switch, decode, write, total; 0.0 where nothing ran.
     peak_memory: bytes under "gpu" and "host".
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 ASPECT_RATIOS = ("16:9", "9:16", "4:3", "3:4", "1:1")
 SIZE_STEP = 16  # pixels; 8 from the VAE times 2 from the patches
@@ -37,8 +38,8 @@ WAN_NEGATIVE_PROMPT = (
 class Defaults:
     """How weights of one kind are sampled unless a manifest or a request says otherwise.
 
-    sigma_max: first noise level of the rCM sampler. shift: time shift of the flow samplers. boundary: time (0..1) of the
-    switch between two experts. guidance_scale: 1 means none.
+    sigma_max: first noise level of the rCM sampler. shift: time shift of the flow samplers. boundary: time (0..1) at
+    which two experts switch. guidance_scale: 1 means none.
     """
 
     sampler: str
@@ -57,14 +58,17 @@ class Defaults:
         return self.num_steps <= 8 and self.guidance_scale == 1.0
 
 
-_BASE = {"sampler": "unipc", "negative_prompt": WAN_NEGATIVE_PROMPT}
+def _base(num_steps: int, **values: Any) -> Defaults:
+    return Defaults("unipc", num_steps, negative_prompt=WAN_NEGATIVE_PROMPT, **values)
+
+
 FAMILIES: dict[str, Defaults] = {
     "turbo-t2v": Defaults("rcm", 4, sigma_max=80.0),
     "turbo-i2v": Defaults("rcm", 4, sigma_max=200.0, resolution="720p"),
-    "wan2.1-t2v": Defaults(num_steps=50, shift=8.0, guidance_scale=6.0, **_BASE),
-    "wan2.1-i2v": Defaults(num_steps=40, shift=3.0, guidance_scale=5.0, **_BASE),
-    "wan2.2-t2v": Defaults(num_steps=40, shift=12.0, guidance_scale=3.5, boundary=0.875, resolution="720p", **_BASE),
-    "wan2.2-i2v": Defaults(num_steps=40, shift=5.0, guidance_scale=3.5, boundary=0.9, resolution="720p", **_BASE),
+    "wan2.1-t2v": _base(50, shift=8.0, guidance_scale=6.0),
+    "wan2.1-i2v": _base(40, shift=3.0, guidance_scale=5.0),
+    "wan2.2-t2v": _base(40, shift=12.0, guidance_scale=3.5, boundary=0.875, resolution="720p"),
+    "wan2.2-i2v": _base(40, shift=5.0, guidance_scale=3.5, boundary=0.9, resolution="720p"),
     "lightx2v-i2v": Defaults("euler", 4, shift=5.0, resolution="720p"),
     "lightx2v-t2v": Defaults("euler", 4, shift=5.0),
 }

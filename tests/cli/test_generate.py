@@ -85,8 +85,10 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, line, tmp_path
 def test_prompt_files_that_hold_none(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "picture.txt").write_bytes(bytes(range(128, 256)))
-    for name, error in (("empty.txt", "has no prompts"), ("picture.txt", "cannot be read as text"), ("no.txt", "no.txt")):
-        outcome = CliRunner().invoke(app, ["generate", "--prompt-file", str(tmp_path / name), "-o", str(tmp_path / "v.mp4")])
+    wrong = {"empty.txt": "has no prompts", "picture.txt": "cannot be read as text", "no.txt": "no.txt"}
+    for name, error in wrong.items():
+        files = ["--prompt-file", str(tmp_path / name), "-o", str(tmp_path / "v.mp4")]
+        outcome = CliRunner().invoke(app, ["generate", *files])
         assert isinstance(outcome.exception, RequestError)
         assert error in str(outcome.exception)
 
@@ -99,7 +101,7 @@ def test_the_place_is_tried_before_the_work(tmp_path):
 
 
 def test_ctrl_c_stops_between_steps_and_leaves_nothing(tmp_path):
-    arguments = ["--prompt", "a red circle", "--num-steps", "900", "--num-frames", "5", "--width", "64", "--height", "48"]
+    arguments = ["--prompt", "a red circle", *SMALL, "--num-steps", "900"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     work = subprocess.Popen(
         command(*arguments, "-o", tmp_path / "v.mp4"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,6 +1,8 @@
 """The transformer: recorded outputs of the official code, and what must hold for any weights."""
 
+import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_batch_equals_singles(kind, make_transformer, relative_error):
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_text_rows_equal_the_full_text(given, dtype, bar, make_transformer, relative_error):
     """The zero rows after a prompt are attended to; one of them counted 512 - n times is the same."""
-    net = make_transformer().to(dtype)
+    net = make_transformer(AttentionConfig("original")).to(dtype)
     latent, timestep, text = inputs(batch=2, rows=given)
     text[:, -1] = 0
     full = torch.cat([text, torch.zeros(2, TEXT_ROWS - given, 48)], dim=1)
@@ -191,6 +193,53 @@ def test_a_layer_outside_the_blocks_may_be_in_float8(make_transformer, relative_
         net.set_submodule(name, small)
     assert net.dtype == torch.float32
     assert relative_error(net(*given), expected) < 0.1
+
+
+@pytest.mark.parametrize("norms", ["exact", "official"])
+def test_a_block_is_its_written_formula(norms, make_transformer, relative_error):
+    """In float64 and plain PyTorch: modulated norms, rotation, gates, text and image tokens, feed-forward."""
+    dim, length = 384, 30
+    block = make_transformer(dim=dim, has_sla=False, image_dim=24, norms=norms).blocks[0]
+    x, text, image = torch.randn(2, length, dim) + 2, torch.randn(2, 9, dim), torch.randn(2, 5, dim)
+    modulation, rotation = torch.randn(2, 6, dim), ops.rope_table(3, 2, 5, 128)
+    how = AttentionConfig("original")
+    ours = block(x, modulation, rotation, text, image, 7, how, norms)
+
+    wide = copy.deepcopy(block).double()
+
+    def norm(h):
+        centred = h - h.mean(dim=-1, keepdim=True)
+        extra = (512 - dim) / dim * h.mean(dim=-1, keepdim=True).square() if norms == "official" else 0
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + extra + 1e-6).sqrt()
+
+    def rms(layer, h):
+        return h / (h.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+
+    def heads(h):
+        return h.unflatten(-1, (3, 128)).transpose(1, 2)
+
+    def attend(q, k, v):
+        return ((heads(q) @ heads(k).mT / 128**0.5).softmax(dim=-1) @ heads(v)).transpose(1, 2).flatten(2)
+
+    def rotate(h):
+        turn = torch.complex(*(part.double() for part in rotation))
+        pairs = torch.view_as_complex(h.unflatten(-1, (3, 64, 2)))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(-3)
+
+    h, text, image = x.double(), text.double(), image.double()
+    text = torch.cat([text, text[:, -1:].expand(-1, 6, -1)], dim=1)  # the last row seven times
+    m = (wide.modulation + modulation.double()).unsqueeze(2).unbind(1)
+    own, cross = wide.self_attn, wide.cross_attn
+    a = norm(h) * (1 + m[1]) + m[0]
+    q, k = (rotate(rms(n, layer(a))) for n, layer in ((own.norm_q, own.q), (own.norm_k, own.k)))
+    h = h + own.o(attend(q, k, own.v(a))) * m[2]
+    q = rms(cross.norm_q, cross.q(norm(h) * wide.norm3.weight + wide.norm3.bias))
+    mixed = attend(q, rms(cross.norm_k, cross.k(text)), cross.v(text))
+    h = h + cross.o(mixed + attend(q, rms(cross.norm_k_img, cross.k_img(image)), cross.v_img(image)))
+    f = wide.ffn[0](norm(h) * (1 + m[4]) + m[3])
+    gelu = 0.5 * f * (1 + torch.tanh((2 / math.pi) ** 0.5 * (f + 0.044715 * f**3)))
+    h = h + wide.ffn[2](gelu) * m[5]
+    assert relative_error(ours, h) <= 1e-5
 
 
 # --- gradients, tangents, compilation ---------------------------------------------------------------------------------

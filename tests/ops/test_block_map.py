@@ -91,12 +91,11 @@ def test_scores_are_rounded_to_bfloat16(dtype):
 
 
 def test_block_means_are_rounded_to_bfloat16():
-    """The second key is larger by less than bfloat16 resolves; so is the second channel of the query."""
-    k = alternating([[1.0], [1.0 + 2**-12]])
-    assert ops.block_map(torch.ones(1, 1, 1, 1), k, 0.25, 1, 1)[0, 0, 0].tolist() == [1, 0, 0, 0]
-    q = torch.tensor([[[[1.0, 1.0 + 2**-12]]]])
-    k = alternating([[1.0, 0.0], [0.0, 1.0]])
-    assert ops.block_map(q, k, 0.25, 1, 1)[0, 0, 0].tolist() == [1, 0, 0, 0]
+    """1 + 2^-12 counts as 1, so that block 0 scores 1 - 1 = 0 and block 1, of 2^-13, is kept."""
+    fine, coarse = [1.0 + 2**-12, 1.0], [1.0, -1.0]
+    for q, k in ((coarse, fine), (fine, coarse)):
+        keys = alternating([k, [2**-13, 0.0]])
+        assert ops.block_map(torch.tensor([[[q]]]), keys, 0.25, 1, 1)[0, 0, 0].tolist() == [0, 1, 0, 0]
 
 
 def test_short_last_block_is_averaged_over_its_own_rows():

@@ -140,6 +140,17 @@ def test_int8_rounds_as_the_kernels_do(length, size, block_q, block_k, relative_
     assert relative_error(ours, expected.transpose(1, 2)) <= 5e-4  # a code may fall to the other side of a tie
 
 
+def test_int8_codes_round_half_away_from_zero():
+    """A query code of 2.5 becomes 3, which makes the first key win (2 would make it the second)."""
+    unit = 2.0**20  # so large that the 1e-7 added to a scale vanishes
+    q = torch.tensor([127.0, 2.5]).mul(unit).expand(4, 2)[None, :, None]
+    k = torch.tensor([[10.0, 127.0], [11.0, 77.0], [-10.0, -127.0], [-11.0, -77.0]])[None, :, None]
+    v = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])[None, :, None]
+    for sign, winner in ((1, [1.0, 0.0]), (-1, [0.0, 0.0])):
+        out = ops.sparse_linear_attention(sign * q, k, v, torch.zeros(2, 2), torch.zeros(2), 1.0, precision="int8")
+        assert out[0, 0, 0].tolist() == pytest.approx(winner, abs=1e-3)
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_int8_stays_near_the_exact_branch(geometry, relative_error):
     q, k, v, weight, bias = draw(1, 700, 2, 128)

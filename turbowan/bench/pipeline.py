@@ -39,6 +39,7 @@ def machine_facts(device: torch.device) -> dict[str, str]:
     """What a published number must carry: the chip, PyTorch, the commit."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+    )  # fmt: skip
     return {"gpu": gpu, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}

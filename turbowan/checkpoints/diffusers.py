@@ -56,7 +56,7 @@ def transformer_config(net: WanTransformer) -> dict[str, Any]:
         "qk_norm": "rms_norm_across_heads",
         "eps": EPS,
         "image_dim": sizes.image_dim,
-        "added_kv_proj_dim": None,
+        "added_kv_proj_dim": None if sizes.image_dim is None else sizes.dim,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }

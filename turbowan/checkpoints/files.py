@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -76,13 +76,13 @@ def _read_safetensors(path: Path, size: int) -> State:
         with safe_open(str(path), framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             formats = json.loads((file.metadata() or {}).get(_FORMATS, "{}")).get("layers", {})
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        for layer, facts in formats.items():
+            state.setdefault(f"{layer}.comfy_quant", torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8))
+        return state
+    except Exception as error:  # what a damaged header raises is not written down
         raise CheckpointError(
             f"{path} ({size:,} bytes) is not a readable .safetensors file ({_one_line(error)}); download it again"
         ) from error
-    for layer, facts in formats.items():
-        state.setdefault(f"{layer}.comfy_quant", torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8))
-    return state
 
 
 def _read_pickled(path: Path, size: int) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -57,10 +57,11 @@ def check_parts(manifest: Manifest) -> TransformerConfig:
     configs = {}
     for name, path in manifest.experts.items():
         configs[name] = outline(read(path, "transformer")[0], "transformer", str(path)).config
-    config = next(iter(configs.values()))
-    if manifest.two_experts and configs["high"] != configs["low"]:
-        high, low = (f"{c.num_layers} blocks of width {c.dim}, {c.in_dim} input channels" for c in configs.values())
-        raise CheckpointError(f"the two experts differ: high noise has {high}; low noise has {low}")
+    config, *others = configs.values()
+    if others and others[0] != config:
+        sizes = [(f.name, getattr(config, f.name), getattr(others[0], f.name)) for f in fields(config)]
+        differing = ", ".join(f"{name} {high} and {low}" for name, high, low in sizes if high != low)
+        raise CheckpointError(f"the two experts differ ({differing}): {', '.join(map(str, manifest.experts.values()))}")
     files = manifest.files
     outline(read(files["vae"], "vae")[0], "vae", str(files["vae"]))
     encoder = outline(read(files["text_encoder"], "text_encoder")[0], "text_encoder", str(files["text_encoder"]))

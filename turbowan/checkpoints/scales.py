@@ -67,7 +67,7 @@ def _scale(layer: str, scale: Tensor, weight: Tensor | None) -> State:
 
 
 def _check_format(layer: str, value: Tensor) -> None:
-    text = bytes(value.tolist()).decode(errors="replace")
+    text = bytes(value.flatten().to(torch.uint8).tolist()).decode(errors="replace")
     try:
         facts = json.loads(text)
     except ValueError as error:

@@ -26,7 +26,7 @@ def tiny(
     seed: Annotated[int, typer.Option(help="Seed of the first batch.")] = 0,
     batch: Annotated[int | None, typer.Option(help="Prompts generated together.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.json and sheet.png.")] = Path("out/evaluate"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report and sheet.")] = Path("out/evaluate"),
 ) -> None:
     """Held-out prompts right on colour, shape, direction and background, with 95 % intervals, and VAE fidelity."""
     import torch

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class Residency:
@@ -25,6 +26,12 @@ class Residency:
         if key not in self._parts:
             self._parts[key] = load()
         return self._parts[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights that are loaded."""
+        modules = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
 
     def done(self, key: Hashable) -> None:
         """The stage that needed this part is over; free it unless the plan keeps parts."""

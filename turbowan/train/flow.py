@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,8 @@ class FlowModel(nn.Module):
         width = config.text_dim
         self.text_encoder = TextEncoder(vocabulary, width, config.text_layers, width // 64, 64, 2 * width)
         self.transformer = WanTransformer(TransformerConfig(config.dim, config.ffn_dim, config.layers, width))
-        for block in self.transformer.blocks:  # residual branches start idle
+        blocks: Any = self.transformer.blocks
+        for block in blocks:  # residual branches start idle
             for layer in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -140,7 +142,8 @@ class FlowModel(nn.Module):
         T5's attention is unscaled: content logits grow until position no longer counts, and a caption becomes a bag of
         words in which the colours of thing and background cannot be told apart.
         """
-        for depth, block in enumerate(self.text_encoder.model.encoder.block):
+        blocks: Any = self.text_encoder.model.encoder.block
+        for depth, block in enumerate(blocks):
             attention = block.layer[0].SelfAttention
             nn.init.normal_(attention.q.weight, std=0.01)
             bias = attention.relative_attention_bias.weight  # [bucket, head]; bucket d: d words before, 16 + d: after

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,9 @@ def initialise(vae: WanVAE) -> None:
             module.time_conv.weight[:, :, 2, 0, 0] += torch.eye(channels).repeat(2, 1)
     for module in vae.modules():
         if isinstance(module, Residual):
-            nn.init.zeros_(module.residual["6"].weight)
-            nn.init.zeros_(module.residual["6"].bias)
+            last: Any = module.residual["6"]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         elif isinstance(module, FrameAttention):
             nn.init.zeros_(module.proj.weight)
 
@@ -200,11 +202,13 @@ def fold_statistics(vae: WanVAE, clips: list[Tensor]) -> None:
     wan_mean, wan_std = (torch.tensor(x, device=mean.device) for x in (LATENT_MEAN, LATENT_STD))
     scale = wan_std / std
     n = LATENT_CHANNELS
-    vae.conv2.bias += vae.conv2.weight.flatten(1) @ (mean - wan_mean / scale)
+    bias_in, bias_out = vae.conv1.bias, vae.conv2.bias
+    assert bias_in is not None and bias_out is not None
+    bias_out += vae.conv2.weight.flatten(1) @ (mean - wan_mean / scale)
     vae.conv2.weight *= (1 / scale).view(1, -1, 1, 1, 1)
     vae.conv1.weight[:n] *= scale.view(-1, 1, 1, 1, 1)
-    vae.conv1.bias[:n] = (vae.conv1.bias[:n] - mean) * scale + wan_mean
-    vae.conv1.bias[n:] += 2 * scale.log()  # the log variance of the same latent
+    bias_in[:n] = (bias_in[:n] - mean) * scale + wan_mean
+    bias_in[n:] += 2 * scale.log()  # the log variance of the same latent
 
 
 def _raw_latent(vae: WanVAE, clips: Tensor) -> Tensor:

@@ -108,10 +108,11 @@ def _centroids(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shape(mask: Tensor, area: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """A ring has an empty middle, a triangle three corners; a circle fills more of its circumscribed circle than a square.
+    """A ring has an empty middle, a triangle three corners; a circle fills more of its circumscribed circle than a
+    square.
 
-    The corners are counted by the third moment of the mask in polar form, |mean (dx + i dy)^3| / mean(r^2)^1.5: 0.79 for
-    an equilateral triangle, 0 for whatever looks the same upside down. It holds when blur rounds the corners off.
+    Three corners show in the third moment of the mask as complex numbers, |mean (dx + i dy)^3| / mean(r^2)^1.5: 0.8 for
+    an equilateral triangle, 0 for whatever looks the same upside down. It changes little when blur rounds the corners.
     """
     grid_x, grid_y = _grid(mask)
     dx, dy = grid_x - x[:, :, None, None], grid_y - y[:, :, None, None]

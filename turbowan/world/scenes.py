@@ -90,9 +90,11 @@ def draw_scenes(
 
     Args:
         count: B.
-        camera_share: share of camera scenes, 0..1.
+        camera_share: share of camera scenes, 0..1; none of these is held out.
         held_out: only training combinations (False), only held-out ones (True), or all (None).
     """
+    if held_out and camera_share >= 1:
+        raise ValueError("no camera scene is held out")
 
     def integers(high: int, n: int) -> Tensor:
         return torch.randint(high, (n,), generator=generator)
@@ -116,7 +118,11 @@ def draw_scenes(
     possible = scenes.is_camera | ~(round_shape & (motion == MOTIONS.index("turn")))  # a turning circle looks still
     if held_out is not None:
         possible &= scenes.held_out == held_out
-    return scenes[possible.nonzero()[:count, 0]]
+    kept = scenes[possible.nonzero()[:count, 0]]
+    if len(kept) == count:
+        return kept
+    more = draw_scenes(count - len(kept), generator, camera_share, held_out)  # rarely: too few were possible
+    return Scenes(**{f.name: torch.cat([getattr(kept, f.name), getattr(more, f.name)]) for f in fields(kept)})
 
 
 def render(
