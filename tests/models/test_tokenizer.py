@@ -28,6 +28,7 @@ def pieces():
         ("  a \t red\n\ncircle ", "a red circle"),
         ("A Red CIRCLE", "A Red CIRCLE"),
         ("salt &amp;amp; pepper &lt;3", "salt & pepper <3"),
+        ("a &amp;amp; b < c", "a & b < c"),  # ftfy leaves escapes alone beside a bare "<"
         ("cafÃ© with a naÃ¯ve cat", "café with a naïve cat"),
         ("红色的圆\u3000向右", "红色的圆 向右"),
         ("", ""),

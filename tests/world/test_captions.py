@@ -89,7 +89,7 @@ def test_camera_captions_say_everything(fresh_seed: int) -> None:
     scenes = scenes_of(fresh_seed, 1500, camera_share=1.0)
     colours = list(COLOURS)
     ways = {
-        "pan left": r"(pans|moves|pans to the|moves to the) left", "pan right": r"(pans|moves to the|pans to the) right",
+        "pan left": r"(pans|moves to the|pans to the) left", "pan right": r"(pans|moves to the|pans to the) right",
         "pan up": r"(pans|moves|tilts) up", "pan down": r"(pans|moves|tilts) down",
         "zoom in": r"zooms in|moves closer", "zoom out": r"zooms out|moves away",
     }  # fmt: skip
@@ -138,7 +138,9 @@ def test_every_word_is_known(fresh_seed: int, pieces: sentencepiece.SentencePiec
     assert len(flat) < 1.5 * sum(len(text.split()) for text in texts)
 
 
-@pytest.mark.parametrize("prompt", ["一个红色的圆圈向右移动", "🐈‍⬛ 🔴 ➡", "Ünïcödé ñ ß", "красный круг", "\u202eabc\u0000", "x" * 3000])
+@pytest.mark.parametrize(
+    "prompt", ["一个红色的圆圈向右移动", "🐈‍⬛ 🔴 ➡", "Ünïcödé ñ ß", "красный круг", "\u202eabc\u0000", "x" * 3000]
+)
 def test_any_other_text_falls_back_to_bytes(prompt: str, pieces: sentencepiece.SentencePieceProcessor) -> None:
     ids = pieces.encode(prompt)
     assert not any(pieces.is_unknown(i) for i in ids)

@@ -129,11 +129,16 @@ class CrossAttention(nn.Module):
         return self.o(out.flatten(2))
 
 
+def _modulation(rows: int, dim: int) -> nn.Parameter:
+    values = torch.empty(1, rows, dim)  # on the meta device, normal_ would import a second of Python
+    return nn.Parameter(values if values.is_meta else values.normal_(std=dim**-0.5))
+
+
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = _modulation(6, dim)
         self.self_attn = SelfAttention(dim, config.has_sla)
         self.norm3 = LayerNorm(dim)
         self.cross_attn = CrossAttention(dim, config.image_dim is not None)
@@ -166,7 +171,7 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = _modulation(2, config.dim)
         self.head = nn.Linear(config.dim, PATCH[0] * PATCH[1] * PATCH[2] * config.out_dim)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
