@@ -1,5 +1,5 @@
-# Everything runs in its own virtual environment. TORCH is installed first and by its exact version, so that a machine
-# without a GPU can be given a CPU build (see README); PYTHON makes the environment.
+# Everything runs in its own virtual environment. TORCH is installed first and by its exact version, so that a CPU build
+# of it can be there already (see README); PYTHON makes the environment.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -21,12 +21,12 @@ lint: $(VENV)/installed-test
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install --editable .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[test,lint]"
+	$(BIN)/python -m pip install "$(TORCH)" --editable ".[test,lint]"
 	touch $@
 
 clean:

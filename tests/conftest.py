@@ -73,8 +73,8 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)  # the suite shares two cores with others; small tensors gain nothing from a second
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # small tensors gain nothing from a second, and lose much where cores are shared
 
 
 class LoopbackHub:

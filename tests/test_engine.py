@@ -26,6 +26,7 @@ PARTS = {
     "text_encoder": TINY / "text_encoder.safetensors",
     "tokenizer": TINY / "tokenizer",
 }
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SMALL = {"width": 96, "height": 64, "num_frames": 9}
 
 
@@ -155,6 +156,41 @@ def test_features_together_int8_attention_experts_memory(experts, attention):
     assert freed.stages["load"] > 0
     assert freed.stages["condition"] > 0
     assert freed.settings["attention"] == attention
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_plan_knows_what_the_parts_will_take_and_what_is_loaded(precision):
+    """Part sizes from shapes alone are those of the loaded modules; another precision replaces, it does not add."""
+    engine = Engine.load("tiny", device="cpu")
+    for dtype in (torch.bfloat16 if precision == "float32" else torch.float32, _DTYPES[precision]):
+        name = next(key for key, value in _DTYPES.items() if value == dtype)
+        request = GenerateRequest(
+            prompt="a red circle", num_steps=1, precision=name, memory="speed", width=32, height=32, num_frames=1
+        )
+        quiet(engine, request)
+    assert engine.parts.nbytes == pytest.approx(sum(engine.part_sizes(_DTYPES[precision]).values()), rel=0.05)
+
+
+def test_a_second_request_finds_the_same_room(tiny, monkeypatch):
+    plans = []
+    real = turbowan.engine.make_plan
+    monkeypatch.setattr("turbowan.engine.make_plan", lambda *a: plans.append(a) or real(*a))
+    for _ in range(2):
+        quiet(tiny, GenerateRequest(prompt="a ring", num_steps=1, width=32, height=32, num_frames=1, memory="speed"))
+    assert plans[1][-1] == tiny.parts.nbytes > 0
+
+
+@pytest.mark.parametrize("device", ["mps", "foo", "cuda:x"])
+def test_devices_that_are_none_are_one_line(device):
+    with pytest.raises(MachineError, match="device must be auto, cpu, cuda or cuda:N"):
+        Engine.load("tiny", device=device)
+
+
+def test_what_cannot_be_sampled_fails_before_any_work(tiny):
+    seen = []
+    with pytest.raises(RequestError):
+        quiet(tiny, GenerateRequest(prompt="a ring", sampler="rcm", num_steps=8, sigma_max=10.0), progress=seen.append)
+    assert seen == []
 
 
 def test_image_decides_the_size_when_asked(experts):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from turbowan.checkpoints.manifest import Manifest, from_defaults
+from turbowan.errors import Note
 from turbowan.request import GenerateRequest
 from turbowan.settings import fit_area, resolve
 from turbowan.specs import RESOLUTIONS
@@ -51,6 +52,22 @@ def test_the_image_gives_the_ratio_and_the_resolution_the_area(manifest, size):
 def test_more_steps_than_distilled_for_are_remarked_on(manifest):
     with pytest.warns(UserWarning, match="distilled for 4 steps; 8 rarely"):
         resolve(GenerateRequest(prompt="a cat", num_steps=8), manifest)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"shift": 3.0}, "shift has no effect with the sampler rcm"),
+        ({"boundary": 0.5}, "boundary has no effect with a single transformer"),
+        ({"negative_prompt": "blur"}, r"negative_prompt has no effect without guidance \(scale 1\)"),
+        ({"sampler": "euler", "num_steps": 4, "ode": True}, "ode has no effect with the sampler euler"),
+        ({"sampler": "unipc", "num_steps": 4, "sigma_max": 9.0}, "sigma_max has no effect with the sampler unipc"),
+        ({"width": 64, "height": 64, "aspect_ratio": "1:1"}, "aspect_ratio has no effect beside width and height"),
+    ],
+)
+def test_values_without_effect_are_remarked_on(manifest, values, line):
+    with pytest.warns(Note, match=line):
+        resolve(GenerateRequest(prompt="a cat", **values), manifest)
 
 
 def test_a_manifest_without_a_size_of_its_own_and_one_with(manifest):

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from turbowan.engine import Progress
-from turbowan.errors import MachineError, MediaError, RequestError
+from turbowan.errors import MachineError, MediaError, Note, RequestError
 from turbowan.terminal import ProgressLine, exit_codes
 
 
@@ -37,7 +37,8 @@ def test_warnings_for_users_become_notes_and_others_stay_silent(capsys):
     before = warnings.showwarning
     with exit_codes("program"):
         warnings.simplefilter("always")
-        warnings.warn("four steps are few", stacklevel=1)
+        warnings.warn("four steps are few", Note, stacklevel=1)
+        warnings.warn("somebody else's", UserWarning, stacklevel=1)
         warnings.warn("old name", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr().err == "program: note: four steps are few\n"
     assert warnings.showwarning is before

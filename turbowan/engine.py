@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints.find import EMBEDDED as EMBEDDED
-from .checkpoints.find import check_parts, find_model
+from .checkpoints.find import TRANSFORMERS, check_parts, find_model
 from .checkpoints.load import choose_attention
 from .checkpoints.manifest import Manifest
 from .checkpoints.tokenizer import find_tokenizer
@@ -17,12 +17,12 @@ from .clock import Progress as Progress
 from .clock import ProgressCallback
 from .errors import CheckpointError, MachineError, RequestError
 from .machine import check_torch, peak_host_memory
-from .media.image import read_image, to_tensor
-from .memory.plan import file_bytes, make_plan
+from .media.image import read_image
+from .memory.plan import make_plan, weight_bytes
 from .memory.residency import Residency
 from .request import GenerateRequest, GenerateResult
 from .settings import resolve
-from .stages import Run
+from .stages import Execution, Run
 
 
 class Engine:
@@ -37,7 +37,8 @@ class Engine:
     ) -> None:
         self.manifest, self.device = manifest, device
         self.blocks = {"block_q": block_q, "block_k": block_k}
-        self.config = check_parts(manifest)
+        self.outlines = check_parts(manifest)
+        self.config = next(part.config for role, part in self.outlines.items() if role in TRANSFORMERS)
         self.parts = Residency()
         self.tokenizer = find_tokenizer(manifest.files["text_encoder"], manifest.files.get("tokenizer"))
 
@@ -105,19 +106,18 @@ class Engine:
             self.config, self.manifest.name, settings.attention, settings.sla_topk, **self.blocks
         )
         settings = replace(settings, attention=attention.kind, num_samples=len(prompts))
-        plan = make_plan(request.memory, self.part_sizes(), self.device, request.gpu_budget)
+        how = Execution(self.device, _dtype(request.precision, self.device), attention, request.norms)
+        sizes = self.part_sizes(how.dtype)
+        plan = make_plan(request.memory, sizes, self.device, request.gpu_budget, self.parts.nbytes)
         self.parts.keep = plan.keep
-        run = Run(
-            self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, attention, request.norms,
-            _dtype(request.precision, self.device), self.device, progress or (lambda _: None),
-        )  # fmt: skip
+        report = progress or (lambda _: None)
+        run = Run(self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, how, report)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with run.clock.stage("total", exclusive=False):
                 texts = run.encode_text(prompts)
-                pixels = None if image is None else to_tensor(image, settings.height, settings.width)
-                latent = run.denoise(run.condition(texts, pixels))
+                latent = run.denoise(run.condition(texts, image))
                 videos = run.decode(latent)
         except torch.OutOfMemoryError as error:
             self.parts.clear()
@@ -139,16 +139,21 @@ class Engine:
     def needs_image(self) -> bool:
         return self.config.in_dim > self.config.out_dim
 
-    def part_sizes(self) -> dict[str, int]:
-        """Bytes of weights per role."""
-        return {role: file_bytes(path) for role, path in self.manifest.files.items() if role != "tokenizer"}
+    def part_sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of weights per role, once loaded in this dtype."""
+        return {role: weight_bytes(part, dtype) for role, part in self.outlines.items()}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
     """ "auto" is CUDA where PyTorch sees one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise MachineError(f"device must be auto, cpu, cuda or cuda:N, got '{device}'")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device '{device}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return chosen

@@ -8,6 +8,10 @@ class TurbowanError(Exception):
     """Base of all errors raised on purpose by this package."""
 
 
+class Note(UserWarning):
+    """Something a user should know that is no error; programs show it as one line."""
+
+
 class Stopped(Exception):
     """The user asked for an end. No error: a program that meets it ends with exit code 130."""
 

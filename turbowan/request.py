@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,10 @@ class GenerateRequest:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("norms", self.norms, NORMS)
         _one_of("memory", self.memory, MEMORY)
+        for name in ("width", "height", "num_frames", "fps", "num_steps", "num_samples", "seed"):
+            _number(name, getattr(self, name), Integral, "a whole number")
+        for name in ("sigma_max", "shift", "boundary", "guidance_scale", "sla_topk"):
+            _number(name, getattr(self, name), Real, "a number")
         self._check_size()
         check_frames(self.num_frames)
         _within("fps", self.fps, 1, 240)
@@ -108,7 +114,7 @@ class GenerateRequest:
             if self.resolution is not None:
                 raise RequestError("give either a resolution or width and height, not both")
             for name, value in (("width", self.width), ("height", self.height)):
-                if not isinstance(value, int) or value % SIZE_STEP or not SIZE_STEP <= value <= 4096:
+                if value % SIZE_STEP or not SIZE_STEP <= value <= 4096:
                     nearest = max(SIZE_STEP, round(value / SIZE_STEP) * SIZE_STEP)
                     raise RequestError(
                         f"{name} must be a multiple of {SIZE_STEP} from {SIZE_STEP} to 4096 pixels, got {value}"
@@ -120,8 +126,8 @@ def check_frames(num_frames: int | None) -> None:
     """Raise RequestError unless the count is 4k+1, naming the nearest that are."""
     if num_frames is None:
         return
-    if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % FRAME_STEP:
-        below = max(1, (int(num_frames) - 1) // FRAME_STEP * FRAME_STEP + 1)
+    if num_frames < 1 or (num_frames - 1) % FRAME_STEP:
+        below = max(1, (num_frames - 1) // FRAME_STEP * FRAME_STEP + 1)
         raise RequestError(f"num_frames must be 4k+1, got {num_frames} (nearest: {below} or {below + FRAME_STEP})")
 
 
@@ -140,6 +146,12 @@ def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         names = ", ".join(str(a) for a in allowed if a is not None)
         raise RequestError(f"{name} must be one of {names}, got '{value}'")
+
+
+def _number(name: str, value: object, kind: type, words: str) -> None:
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    if value is not None and not fits:
+        raise RequestError(f"{name} must be {words}, got {value!r}")
 
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:

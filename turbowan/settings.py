@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from .checkpoints.manifest import Manifest
-from .errors import RequestError
+from .errors import Note, RequestError
 from .request import GenerateRequest
 from .specs import RESOLUTIONS, SIZE_STEP
 
@@ -48,7 +49,8 @@ def resolve(request: GenerateRequest, manifest: Manifest, image_size: tuple[int,
         image_size: (width, height) of the request's image, for adaptive resolution.
 
     Warns:
-        when distilled weights are asked for more steps than they were made for, or others for fewer than 10.
+        Note: distilled weights are asked for more steps than they were made for, others for fewer than 10, or a value
+            is given that has no effect here.
     """
 
     def chosen(name: str) -> object:
@@ -75,18 +77,29 @@ def resolve(request: GenerateRequest, manifest: Manifest, image_size: tuple[int,
         num_samples=request.num_samples,
         **values,  # type: ignore[arg-type]
     )
-    if manifest.distilled and settings.num_steps > FEW_STEPS:
-        warnings.warn(
-            f"{manifest.name} is distilled for {manifest.num_steps} steps; {settings.num_steps} rarely look better",
-            stacklevel=3,
-        )
-    if not manifest.distilled and settings.num_steps < MANY_STEPS:
-        warnings.warn(
-            f"{manifest.name} is not distilled: {settings.num_steps} steps are too few for a clear picture"
-            f" (its default is {manifest.num_steps})",
-            stacklevel=3,
-        )
+    for note in _notes(request, manifest, settings):
+        warnings.warn(note, Note, stacklevel=3)
     return settings
+
+
+def _notes(request: GenerateRequest, manifest: Manifest, settings: Settings) -> Iterator[str]:
+    if manifest.distilled and settings.num_steps > FEW_STEPS:
+        yield f"{manifest.name} is distilled for {manifest.num_steps} steps; {settings.num_steps} rarely look better"
+    if not manifest.distilled and settings.num_steps < MANY_STEPS:
+        yield (
+            f"{manifest.name} is not distilled: {settings.num_steps} steps are too few for a clear picture"
+            f" (its default is {manifest.num_steps})"
+        )
+    rcm = settings.sampler == "rcm"
+    unused = {
+        "ode": request.ode and not rcm and f"with the sampler {settings.sampler}",
+        "sigma_max": request.sigma_max is not None and not rcm and f"with the sampler {settings.sampler}",
+        "shift": request.shift is not None and rcm and "with the sampler rcm",
+        "boundary": request.boundary is not None and not manifest.two_experts and "with a single transformer",
+        "negative_prompt": request.negative_prompt and settings.guidance_scale == 1 and "without guidance (scale 1)",
+        "aspect_ratio": request.aspect_ratio != "16:9" and request.width is not None and "beside width and height",
+    }
+    yield from (f"{name} has no effect {why}" for name, why in unused.items() if why)
 
 
 def choose_size(

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from .checkpoints.manifest import Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
+from .media.image import to_tensor
 from .memory.residency import Residency
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, WanTransformer
@@ -36,12 +38,24 @@ class Condition:
     image_tokens: Tensor | None
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How the numbers are made, whatever they mean. dtype: of weights and activations."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: AttentionConfig
+    norms: str
+
+
 class Run:
     """One generation: the stages in order, sharing settings, parts and a clock.
 
     Args:
         manifest: the model. image_dim: width of its CLIP tokens, None where it takes none.
-        dtype: of weights and activations.
+
+    Raises:
+        RequestError, MachineError: a time grid or a source of noise that cannot be had, before any work is done.
     """
 
     def __init__(
@@ -51,26 +65,30 @@ class Run:
         tokenizer: Tokenizer,
         parts: Residency,
         settings: Settings,
-        attention: AttentionConfig,
-        norms: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        how: Execution,
         report: ProgressCallback,
     ) -> None:
         self.manifest, self.image_dim, self.tokenizer, self.parts = manifest, image_dim, tokenizer, parts
-        self.settings, self.attention, self.norms = settings, attention, norms
-        self.dtype, self.device, self.report = dtype, device, report
-        self.clock = Clock(device)
+        self.settings, self.how, self.device, self.report = settings, how, how.device, report
+        self.clock = Clock(how.device)
+        if settings.sampler == "rcm":
+            self.times = rcm.timesteps(settings.num_steps, settings.sigma_max)
+        else:
+            self.times = flow.timesteps(settings.num_steps, settings.shift)
+        if settings.noise_device == "cuda" and not torch.cuda.is_available():
+            raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
 
     def _part(self, role: str, load: Callable[..., Any]) -> Any:
         def timed() -> Any:
             with self.clock.stage("load"):
-                return load(self.manifest.files[role], self.device, self.dtype)
+                return load(self.manifest.files[role], self.device, self.how.dtype)
 
-        return self.parts.get((role, self.dtype), timed)
+        for other in {torch.float32, torch.bfloat16} - {self.how.dtype}:
+            self.parts.release((role, other))
+        return self.parts.get((role, self.how.dtype), timed)
 
     def _done(self, role: str) -> None:
-        self.parts.done((role, self.dtype))
+        self.parts.done((role, self.how.dtype))
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
@@ -87,9 +105,9 @@ class Run:
         wanted = text[[distinct.index(prompt) for prompt in prompts]]
         return wanted, text[-1:].expand(len(prompts), -1, -1) if guided else None
 
-    def condition(self, texts: tuple[Tensor, Tensor | None], image: Tensor | None) -> Condition:
+    def condition(self, texts: tuple[Tensor, Tensor | None], image: Image | None) -> Condition:
         """Everything the transformer is told, for all samples."""
-        n = self.settings.num_samples
+        settings, n = self.settings, self.settings.num_samples
         if image is None:
             return Condition(*texts, None, None)
         self.report(Progress("condition", 0, 1))
@@ -97,11 +115,13 @@ class Run:
         if self.image_dim is not None:
             image_encoder = self._part("image_encoder", load_image_encoder)
             with self.clock.stage("condition"):
-                tokens = image_encoder(image.to(self.device)).expand(n, -1, -1)
+                whole = to_tensor(image, image.height, image.width)
+                tokens = image_encoder(whole.to(self.device)).expand(n, -1, -1)
             self._done("image_encoder")
         vae = self._part("vae", load_vae)
         with self.clock.stage("condition"):
-            latent = vae.encode_first_frame(image.to(self.device), self.settings.num_frames)
+            first = to_tensor(image, settings.height, settings.width).to(self.device)
+            latent = vae.encode_first_frame(first, settings.num_frames)
             mask = torch.zeros_like(latent[:, :4])
             mask[:, :, 0] = 1
             known = torch.cat([mask, latent], dim=1).expand(n, -1, -1, -1, -1)
@@ -116,7 +136,7 @@ class Run:
             settings.num_samples, LATENT_CHANNELS, latent_frames(settings.num_frames),
             settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR,
         )  # fmt: skip
-        velocity = self._velocity_function(condition, rounded=settings.sampler == "rcm")
+        velocity = self._velocity_function(condition)
 
         def on_step(i: int, latent: Tensor, t: float) -> None:
             self.report(Progress("denoise", i + 1, settings.num_steps))
@@ -124,12 +144,10 @@ class Run:
         self.report(Progress("denoise", 0, settings.num_steps))
         with self.clock.stage("denoise"):
             if settings.sampler == "rcm":
-                times = rcm.timesteps(settings.num_steps, settings.sigma_max)
                 noises = self._noises(shape, 1 if settings.ode else settings.num_steps)
-                latent = rcm.sample(velocity, noises, times, settings.ode, on_step)
+                latent = rcm.sample(velocity, noises, self.times, settings.ode, on_step)
             else:
-                times = flow.timesteps(settings.num_steps, settings.shift)
-                latent = flow.sample(velocity, self._noises(shape, 1)[0], times, settings.sampler, on_step)
+                latent = flow.sample(velocity, self._noises(shape, 1)[0], self.times, settings.sampler, on_step)
         for name in self.manifest.experts:
             self._done(_ROLE_OF[name])
         return latent
@@ -137,21 +155,21 @@ class Run:
     def _noises(self, shape: Sequence[int], count: int) -> list[Tensor]:
         """Standard normal tensors, one draw each from one generator, on the engine's device."""
         device = self.settings.noise_device
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
         generator = torch.Generator(device).manual_seed(self.settings.seed)
         return [torch.randn(shape, generator=generator, device=device).to(self.device) for _ in range(count)]
 
-    def _velocity_function(self, condition: Condition, rounded: bool) -> rcm.VelocityFunction:
-        """The model as samplers see it. `rounded`: the net gets bfloat16 values, as in rCM's code."""
+    def _velocity_function(self, condition: Condition) -> rcm.VelocityFunction:
+        """The model as samplers see it, with each sampler's own rounding of what the network gets."""
         settings = self.settings
 
         def velocity(latent: Tensor, t: float, step: int) -> Tensor:
             net = self._transformer(t)
             timestep = torch.tensor(t, dtype=torch.float32) * 1000
             latent = latent.float()
-            if rounded:
+            if settings.sampler == "rcm":  # as TurboDiffusion's code
                 latent, timestep = latent.to(torch.bfloat16).float(), timestep.to(torch.bfloat16).float()
+            elif settings.sampler == "unipc":  # Wan's scheduler has whole timesteps
+                timestep = timestep.trunc()
             times = timestep.to(self.device).expand(latent.shape[0])
 
             def evaluate(text: Tensor) -> Tensor:
@@ -173,7 +191,7 @@ class Run:
                 net = self._part("low_noise", load_transformer)
         else:
             net = self._part(_ROLE_OF[name], load_transformer)
-        net.attention, net.norms = self.attention, self.norms
+        net.attention, net.norms = self.how.attention, self.how.norms
         return net
 
     def decode(self, latent: Tensor) -> list[np.ndarray]:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-from .errors import Stopped, TurbowanError
+from .errors import Note, Stopped, TurbowanError
 
 
 @contextmanager
 def exit_codes(program: str) -> Iterator[None]:
     """Around a program's work: an error raised on purpose ends it with one line on standard error and exit code 2
-    (bad input, or a machine that cannot), Ctrl-C with exit code 130; a warning becomes a note.
+    (bad input, or a machine that cannot), Ctrl-C with exit code 130. Our notes become a line each, other warnings none.
     """
 
     def show(
@@ -27,7 +27,7 @@ def exit_codes(program: str) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if category is UserWarning:
+        if issubclass(category, Note):
             print(f"{program}: note: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig
 
 from turbowan.checkpoints import load_text_encoder, load_transformer, load_vae
 from turbowan.checkpoints.wan import write_text_encoder
+from turbowan.models.image_encoder import ImageEncoder
 from turbowan.models.text_encoder import TextEncoder
 from turbowan.models.transformer import TransformerConfig, WanTransformer
 from turbowan.models.vae import WanVAE
@@ -24,11 +26,6 @@ KINDS = {
     "i2v-sla": {"in_dim": 36, "has_sla": True},
 }
 State = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # small tensors: a second thread would cost more than it gives
 
 
 @pytest.fixture
@@ -60,6 +57,20 @@ def text_state(fresh_seed: int) -> State:
     state = TextEncoder(512, 64, layers=2, heads=2, head_width=64, hidden=128).model.state_dict()
     state.pop("encoder.embed_tokens.weight")
     return {key: value.detach().bfloat16() for key, value in write_text_encoder(state).items()}
+
+
+@pytest.fixture
+def clip_state(fresh_seed: int) -> Callable[[int], State]:
+    """A random two-layer CLIP tower of 28 x 28 pixels as `transformers` names it, in float32."""
+
+    def make(width: int = 128) -> State:
+        sizes = {"hidden_size": width, "intermediate_size": 96, "num_hidden_layers": 2, "hidden_act": "gelu"}
+        config = CLIPVisionConfig(**sizes, num_attention_heads=width // 64, image_size=28, patch_size=14)
+        state = ImageEncoder(config).model.state_dict()
+        prefix = "" if any(key.startswith("vision_model.") for key in state) else "vision_model."
+        return {prefix + key: value + 0.1 * torch.randn_like(value) for key, value in state.items()}
+
+    return make
 
 
 @pytest.fixture
@@ -103,11 +114,11 @@ def decoded() -> Callable[[Path], Tensor]:
 
 
 @pytest.fixture
-def embedded() -> Callable[[Path], Tensor]:
-    """What a text encoder's file makes of fixed ids, in float32."""
+def embedded() -> Callable[..., Tensor]:
+    """What a text encoder's file makes of fixed ids, in float32 or the dtype given."""
 
-    def run(path: Path) -> Tensor:
-        encoder = load_text_encoder(path)
+    def run(path: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+        encoder = load_text_encoder(path, dtype=dtype)
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.inference_mode():
             return encoder(ids, torch.ones_like(ids))

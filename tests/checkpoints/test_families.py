@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from turbowan.checkpoints import load_text_encoder, load_transformer, load_vae
-from turbowan.checkpoints.names import WAN_TEXT_ENCODER, rename
+from turbowan.checkpoints import load_image_encoder, load_text_encoder, load_transformer, load_vae
+from turbowan.checkpoints.names import WAN_IMAGE_ENCODER, WAN_TEXT_ENCODER, rename
 from turbowan.checkpoints.quantize import quantize_transformer
 from turbowan.checkpoints.tokenizer import find_tokenizer
+from turbowan.models.image_encoder import MEAN, STD
 from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
 from turbowan.models.tokenizer import Tokenizer
 
@@ -305,6 +307,120 @@ def test_text_encoders(
         assert torch.equal(mask, wanted_mask)
 
 
+FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16])
+def test_transformers_in_every_dtype_compute_in_the_one_asked_for(
+    run: torch.dtype,
+    tmp_path: Path,
+    transformer_state: Callable[..., State],
+    velocity: Velocity,
+    relative_error: Callable[[Tensor, Tensor], float],
+) -> None:
+    state = transformer_state("i2v-2.1")
+    torch.save(state, tmp_path / "x.pth")
+    expected = velocity(tmp_path / "x.pth")
+    for file in FILE_DTYPES:
+        torch.save({key: value.to(file) for key, value in state.items()}, tmp_path / "x.pth")
+        ours = velocity(tmp_path / "x.pth", dtype=run)
+        assert relative_error(ours, expected) < (1e-2 if run == torch.float32 else 0.03), file
+
+
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["wan", "transformers"])
+def test_text_encoders_in_every_dtype_compute_in_the_one_asked_for(
+    layout: str,
+    run: torch.dtype,
+    tmp_path: Path,
+    text_state: State,
+    embedded: Callable[..., Tensor],
+    relative_error: Callable[[Tensor, Tensor], float],
+) -> None:
+    state = text_state if layout == "wan" else rename(text_state, WAN_TEXT_ENCODER)
+    torch.save(text_state, tmp_path / "x.pth")
+    expected = embedded(tmp_path / "x.pth")
+    for file in FILE_DTYPES:
+        torch.save({key: value.to(file) for key, value in state.items()}, tmp_path / "x.pth")
+        assert {p.dtype for p in load_text_encoder(tmp_path / "x.pth", dtype=run).parameters()} == {run}
+        ours = embedded(tmp_path / "x.pth", dtype=run)
+        assert ours.dtype == run
+        assert relative_error(ours, expected) < (1e-3 if run == torch.float32 else 0.03), file
+
+
+def as_wan_clip(state: State) -> State:
+    """transformers' names to Wan's own, whose file has the text tower beside."""
+    out = {"log_scale": torch.zeros(()), "textual.token_embedding.weight": torch.zeros(8, 4)}
+    for key, value in rename(state, WAN_IMAGE_ENCODER, to_theirs=True).items():
+        if "class_embedding" in key:
+            out["visual.cls_embedding"] = value.view(1, 1, -1)
+        elif "position_embedding" in key:
+            out["visual.pos_embedding"] = value.unsqueeze(0)
+        elif ".q_proj." in key:
+            layer, kind = key.split(".")[3], key.rsplit(".", 1)[1]
+            qkv = [state[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            out[f"visual.transformer.{layer}.attn.to_qkv.{kind}"] = torch.cat(qkv)
+        elif ".k_proj." not in key and ".v_proj." not in key:
+            out[key] = value
+    return {**out, "visual.head": torch.zeros(128, 64)}
+
+
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["wan", "transformers"])
+def test_image_encoders_in_every_dtype_compute_in_the_one_asked_for(
+    layout: str,
+    run: torch.dtype,
+    tmp_path: Path,
+    clip_state: Callable[[], State],
+    relative_error: Callable[[Tensor, Tensor], float],
+) -> None:
+    state = clip_state()
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu",
+            image_size=28, patch_size=14,
+        )
+    )  # fmt: skip
+    prefix = "" if any(key.startswith("vision_model.") for key in tower.state_dict()) else "vision_model."
+    tower.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+    image = torch.rand(1, 3, 28, 28) * 2 - 1
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    with torch.inference_mode():
+        expected = tower.eval()(((image + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states[-2]
+    file_state = as_wan_clip(state) if layout == "wan" else {**state, "visual_projection.weight": torch.zeros(64, 128)}
+    for file in FILE_DTYPES:
+        torch.save({key: value.to(file) for key, value in file_state.items()}, tmp_path / "x.pth")
+        encoder = load_image_encoder(tmp_path / "x.pth", dtype=run)
+        assert encoder.width == 128
+        assert {p.dtype for p in encoder.parameters()} == {run}
+        with torch.inference_mode():
+            ours = encoder(image)
+        assert ours.dtype == run
+        exact = file == run == torch.float32
+        assert relative_error(ours, expected) < (1e-5 if exact else 0.03), file
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net."])
+def test_prefixes_are_taken_off_every_role(
+    prefix: str,
+    tmp_path: Path,
+    vae_state: State,
+    text_state: State,
+    clip_state: Callable[[], State],
+    decoded: Callable[[Path], Tensor],
+    embedded: Callable[[Path], Tensor],
+) -> None:
+    roles = {"vae": vae_state, "text": text_state, "clip": clip_state()}
+    for role, state in roles.items():
+        torch.save(state, tmp_path / f"{role}.pth")
+        torch.save(prefixed(prefix, state), tmp_path / f"{role}-wrapped.pth")
+    assert torch.equal(decoded(tmp_path / "vae-wrapped.pth"), decoded(tmp_path / "vae.pth"))
+    assert torch.equal(embedded(tmp_path / "text-wrapped.pth"), embedded(tmp_path / "text.pth"))
+    image = torch.rand(1, 3, 28, 28) * 2 - 1
+    wrapped, plain = (load_image_encoder(tmp_path / name)(image) for name in ("clip-wrapped.pth", "clip.pth"))
+    assert torch.equal(wrapped, plain)
+
+
 @pytest.mark.parametrize("embedding", [False, True], ids=["layers", "all"])
 @pytest.mark.parametrize("notation", ["scale_weight", "weight_scale"])
 def test_scaled_fp8_text_encoders(
@@ -336,3 +452,7 @@ def test_scaled_fp8_text_encoders(
     ours = embedded(tmp_path / "fp8.safetensors")
     assert relative_error(ours, embedded(tmp_path / "rounded.safetensors")) < 1e-5
     assert relative_error(ours, embedded(tmp_path / "plain.safetensors")) < 0.1
+    save_file({k: v.float() if "norm" in k else v for k, v in file.items()}, tmp_path / "fp8.safetensors")
+    encoder = load_text_encoder(tmp_path / "fp8.safetensors", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
+    assert relative_error(embedded(tmp_path / "fp8.safetensors", dtype=torch.bfloat16), ours) < 0.03

@@ -84,7 +84,14 @@ def test_attention_that_cannot_be_had(transformer_state: Callable[..., State], s
     sla = save("sla.pth", transformer_state("t2v-sla"))
     with pytest.raises(RequestError, match=r"sla_topk must be in \(0, 1\], got 0"):
         load_transformer(sla, sla_topk=0)
-    assert "norms must be one of exact, official, got 'fast'" in refusal(lambda: load_transformer(path, norms="fast"))
+    for options, message in (
+        ({"norms": "fast"}, "norms must be one of exact, official, got 'fast'"),
+        ({"block_q": 0}, "attention blocks must be positive, got 0 x 64"),
+        ({"block_k": -64}, "attention blocks must be positive, got 128 x -64"),
+    ):
+        with pytest.raises(RequestError, match=message) as error:
+            load_transformer(sla, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_roles_are_not_mixed_up(
@@ -159,6 +166,19 @@ def test_wrong_vaes_and_text_encoders(vae_state: State, text_state: State, save:
     assert "3 tensors are missing" in refusal(lambda: load_text_encoder(path))
 
 
+def test_wrong_image_encoders(clip_state: Callable[[int], State], save: Callable[..., Path]) -> None:
+    state = clip_state(128)
+    path = save("clip.pth", {key: value for key, value in state.items() if "layers.1.mlp" not in key})
+    assert "4 tensors are missing (e.g. " in refusal(lambda: load_image_encoder(path))
+    path = save("clip.pth", {key: value for key, value in state.items() if "layers.0." not in key})
+    assert "layers.0.mlp.fc1.weight is missing among" in refusal(lambda: load_image_encoder(path))
+    path = save("clip.pth", {**state, "vision_model.encoder.layers.0.extra": torch.zeros(2)})
+    assert "1 tensors are not part of it" in refusal(lambda: load_image_encoder(path))
+    patch = "vision_model.embeddings.patch_embedding.weight"
+    path = save("clip.pth", {**state, patch: torch.zeros(100, 3, 14, 14)})
+    assert "has width 100, which is no multiple of the head sizes" in refusal(lambda: load_image_encoder(path))
+
+
 def test_embedded_tokenizer_is_only_in_files_that_carry_it(
     text_state: State, save: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -206,6 +226,29 @@ class TestEngine:
         line = refusal(lambda: load_transformer(path))
         assert line.startswith(f"{path}: blocks.1.")
         assert "(are files of two sizes mixed?)" in line
+
+    def test_image_encoders(
+        self,
+        parts: dict[str, Path],
+        transformer_state: Callable[..., State],
+        clip_state: Callable[[int], State],
+        save: Callable[..., Path],
+    ) -> None:
+        """Its tensors are seen before any work, and its width is the transformer's; where none is taken, one may be."""
+        takes, takes_none = save("i2v.pth", transformer_state("i2v-2.1")), save("t2v.pth", transformer_state("t2v"))
+        good, wide = save("clip.pth", clip_state(128)), save("wide.pth", clip_state(192))
+        state = clip_state(128)
+        del state["vision_model.encoder.layers.1.mlp.fc2.bias"]
+        short = save("short.pth", state)
+        assert Engine.load(transformer=takes, image_encoder=good, device="cpu", **parts).config.image_dim == 128
+        assert Engine.load(transformer=takes_none, image_encoder=wide, device="cpu", **parts).config.image_dim is None
+        assert refusal(lambda: Engine.load(transformer=takes, image_encoder=wide, **parts)) == (
+            f"the image encoder {wide} gives width 192, but the transformer takes image tokens of width 128"
+        )
+        for path in (takes, takes_none):
+            line = refusal(lambda path=path: Engine.load(transformer=path, image_encoder=short, **parts))
+            assert "1 tensors are missing" in line
+        assert "takes CLIP image tokens" in refusal(lambda: Engine.load(transformer=takes, **parts))
 
     def test_bad_parts(
         self, parts: dict[str, Path], transformer_state: Callable[..., State], save: Callable[..., Path], tmp_path: Path

@@ -99,7 +99,7 @@ def test_sections_are_for_the_eye(tmp_path: Path) -> None:
         ('"rcm"', '"ddim"', "sampler must be one of rcm, euler, unipc, got 'ddim'"),
         ('"rcm"', "3", "sampler must be text in quotes, got 3"),
         ("num_steps = 4", "num_steps = 4\nsigma_max = -80", "sigma_max must be positive, got -80"),
-        ("num_steps = 4", "num_steps = 4\nsigma_max = nan", "sigma_max must be positive, got nan"),
+        ("num_steps = 4", "num_steps = 4\nsigma_max = nan", "sigma_max must be a number, got nan"),
         ("num_steps = 4", "num_steps = 4\nboundary = 1.5", "boundary must be from 0 to 1, got 1.5"),
         ("num_steps = 4", "num_steps = 4\nsla_topk = 0", r"sla_topk must be in \(0, 1\], got 0"),
         ("num_steps = 4", 'num_steps = 4\nattention = "flash"', "attention must be one of auto, .*got 'flash'"),
@@ -243,6 +243,40 @@ def test_a_folder_with_two_experts(parts: dict[str, Path], transformer_state: Ca
     for expert in ("high_noise_model", "low_noise_model"):  # as Wan 2.2's repositories have them
         write_tensors(folder / expert / "diffusion_pytorch_model.safetensors", transformer_state("i2v"))
     assert find_in_folder(folder).experts == {"high": folder / "high_noise_model", "low": folder / "low_noise_model"}
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("Wan2.2_T2V_High_noise_fp8", "Wan2.2_T2V_Low_noise_fp8"),
+        ("wan2.2_i2v_high_noise_14B", "wan2.2_i2v_low_noise_14B"),
+        ("Wan2_2-I2V-A14B-HIGH_fp8", "Wan2_2-I2V-A14B-LOW_fp8"),
+        ("Wan2.2-I2V-A14B-HighNoise", "Wan2.2-I2V-A14B-LowNoise"),
+        ("wan22highnoise", "wan22lownoise"),
+        ("i2vHigh", "i2vLow"),
+        ("wan22I2VHigh", "wan22I2VLow"),
+        ("high", "low"),
+        ("yellow_flow_high", "yellow_flow_low"),
+        ("slow-highway-high-720P", "slow-highway-low-720P"),
+    ],
+)
+def test_experts_are_told_by_whole_words_of_their_names(
+    high: str, low: str, parts: dict[str, Path], transformer_state: Callable[..., State]
+) -> None:
+    folder = parts["vae"].parent
+    for name in (high, low):
+        torch.save(transformer_state("i2v-sla"), folder / f"{name}.pth")
+    experts = {name: path.stem for name, path in find_in_folder(folder).experts.items()}
+    assert experts == {"high": high, "low": low}
+
+
+@pytest.mark.parametrize("name", ["wan-flow-tuned", "slow_motion", "yellow", "Glowing", "highway", "flowHigher"])
+def test_parts_of_words_make_no_expert(
+    name: str, parts: dict[str, Path], transformer_state: Callable[..., State]
+) -> None:
+    path = parts["vae"].parent / f"{name}.pth"
+    torch.save(transformer_state("t2v-sla"), path)
+    assert find_in_folder(path.parent).experts == {"single": path}
 
 
 @pytest.mark.parametrize("experts", [1, 2])

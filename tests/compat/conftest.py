@@ -81,8 +81,3 @@ def small_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("480p", "720p"):
         monkeypatch.setitem(specs.RESOLUTIONS, name, SIZES)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # these tensors are too small for two

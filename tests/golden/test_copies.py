@@ -27,4 +27,6 @@ def test_tensors_are_the_recorded_ones(name, golden):
 
 def test_checkpoint_is_the_recorded_one(golden):
     name = "t2v-tiny-quant.pth"
+    if golden(name).parent == HERE:
+        pytest.skip("the whole set is not here")
     assert golden(name).read_bytes() == (HERE / name).read_bytes()

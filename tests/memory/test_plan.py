@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from torch import nn
 
 from turbowan.errors import MachineError
-from turbowan.memory.plan import HEADROOM, available_bytes, file_bytes, make_plan
+from turbowan.memory.plan import HEADROOM, available_bytes, make_plan, weight_bytes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GB = 10**9
@@ -26,15 +24,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return memory
 
 
-def test_file_bytes_of_files_folders_and_indices(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name, size in (("a.safetensors", 1000), ("b.safetensors", 234), ("sub/other.bin", 5)):
-        (tmp_path / name).write_bytes(bytes(size))
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}))
-    assert file_bytes(tmp_path / "a.safetensors") == 1000
-    assert file_bytes(index) == 1234
-    assert file_bytes(tmp_path) == 1239 + index.stat().st_size
+def test_weights_count_as_they_will_be_loaded() -> None:
+    """Floats in the dtype of the run, whatever the file's; what is quantised as it is."""
+    layer = nn.Linear(128, 256, device="meta", dtype=torch.float32)
+    assert weight_bytes(layer, torch.float32) == 4 * (128 * 256 + 256)
+    assert weight_bytes(layer, torch.bfloat16) == 2 * (128 * 256 + 256)
+    layer.register_buffer("codes", torch.empty(1000, dtype=torch.int8, device="meta"))
+    assert weight_bytes(layer, torch.bfloat16) == 2 * (128 * 256 + 256) + 1000
 
 
 def test_the_host_has_some_memory_free() -> None:

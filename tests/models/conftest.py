@@ -12,11 +12,6 @@ from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanT
 from turbowan.models.vae import WanVAE
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads) -> None:
-    torch.set_num_threads(1)  # small tensors: a second thread would cost more than it gives
-
-
 def stir(net: nn.Module) -> nn.Module:
     """Random norms and biases in place of ones and zeros, so that none can be left out unnoticed."""
     with torch.no_grad():

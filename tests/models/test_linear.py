@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from turbowan import ops
-from turbowan.models.linear import QUANTIZED, Fp8Linear, Int8BlockLinear, Int8RowLinear
+from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -24,7 +24,7 @@ def quantised(kind, layer):
     return small
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, Fp8Linear])
 @pytest.mark.parametrize("shape", [(1, 5), (2, 130), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stands_in_for_a_linear_layer(kind, shape, dtype, relative_error):

@@ -54,7 +54,7 @@ def write_random_model(
     text = _bf16(encoder.model)
     text.pop("encoder.embed_tokens.weight")
     write_tensors(files["text_encoder"], write_text_encoder(text))
-    manifest = from_defaults(f"random-{size}", "turbo-t2v", files)
+    manifest = from_defaults(f"random-{size}{'-quant' if quantize else ''}", "turbo-t2v", files)
     write_manifest(manifest, folder)
     return manifest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from ..models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
 from .files import State
 from .scales import FP8, expand
 
-# These compute in float32 whatever the model's dtype, so a file's float32 is kept for them.
-_FLOAT32_PARTS = ("time_embedding.", "time_projection.", "head.", "modulation", "norm")
+# What the transformer computes in float32 whatever its dtype: a file's float32 is kept for it.
+TRANSFORMER_FLOAT32 = ("time_embedding.", "time_projection.", "head.", "modulation", "norm")
 # The large layers of both models; the others are few, and some of their weights are used outside of nn.Linear.
 _RUNS_IN_8_BITS = re.compile(r"(^|\.)blocks?\.\d+\.(?!.*proj_l$)")
 
@@ -67,21 +67,33 @@ def check_fit(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
             )
 
 
-def assign(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give a module the tensors of a state that fits it, on `device` and in `dtype`; 8-bit weights keep theirs."""
+def assign(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    float32_parts: Sequence[str] = (),
+) -> None:
+    """Give a module the tensors of a state that fits it, on `device` and in `dtype`; 8-bit weights keep theirs.
+
+    Args:
+        float32_parts: pieces of names; tensors with one of them stay in float32 where the state has them so.
+    """
     placed = {
-        key: state[key].to(device=device, dtype=_target_dtype(key, state[key], wanted, dtype))
+        key: state[key].to(device=device, dtype=_target_dtype(key, state[key], wanted, dtype, float32_parts))
         for key, wanted in net.state_dict().items()
     }
     net.load_state_dict(placed, assign=True)
     net.requires_grad_(False)
 
 
-def _target_dtype(key: str, value: Tensor, wanted: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _target_dtype(
+    key: str, value: Tensor, wanted: Tensor, dtype: torch.dtype, float32_parts: Sequence[str]
+) -> torch.dtype:
     if wanted.dtype in (*FP8, torch.int8):
         return wanted.dtype
     if key.endswith((".scale", ".weight_scale", ".scale_weight")):
         return torch.float32
-    if value.dtype == torch.float32 and any(part in key for part in _FLOAT32_PARTS):
+    if value.dtype == torch.float32 and any(part in key for part in float32_parts):
         return torch.float32
     return dtype

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Note
 from .comfy import SPIECE
 from .detect import ROLES, Detected
 from .diffusers import CONFIGS, WEIGHTS
 from .families import WRITERS
 from .files import PICKLED, SAFETENSORS, State, check_output, replacing, weight_files, write_tensors
-from .load import EMPTY, embedded_tokenizer, outline, read
+from .load import embedded_tokenizer, outline, read
 from .tokenizer import find_sentencepiece
 
 # the quantisations each layout has a notation for
@@ -87,8 +87,8 @@ def _refuse_pipeline(source: Path) -> None:
 
 
 def _check_representable(source: Path, found: Detected, to: str) -> None:
-    if found.role not in EMPTY:
-        raise CheckpointError(f"{source} is {found}; {', '.join(ROLES[role] for role in EMPTY)} can be converted")
+    if found.role not in CONFIGS:
+        raise CheckpointError(f"{source} is {found}; {', '.join(ROLES[role] for role in CONFIGS)} can be converted")
     if found.quantization not in LAYOUTS[to]:
         others = " or ".join(name for name, known in LAYOUTS.items() if found.quantization in known)
         raise CheckpointError(
@@ -103,7 +103,8 @@ def _tokenizer_inside(source: Path, found: Detected, to: str, given: Path | None
         if given is not None:
             raise CheckpointError("--tokenizer is for a text encoder converted to comfy or turbowan")
         if found.role == "text_encoder" and embedded_tokenizer(source) is not None:
-            warnings.warn(f"the tokenizer inside {source} is left out; the {to} layout cannot hold it", stacklevel=3)
+            note = f"the tokenizer inside {source} is left out; the {to} layout cannot hold it"
+            warnings.warn(note, Note, stacklevel=3)
         return {}
     if to == "turbowan" and given is None:
         piece = embedded_tokenizer(source)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ..models.transformer import EPS, HEAD_SIZE, WanTransformer
 from ..models.transformer import PATCH as PATCH_SIZE
 from ..models.vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, MULTIPLIERS, WanVAE
-from .detect import strip_prefixes
 from .files import State
 from .names import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, rename
 from .wan import PATCH
@@ -25,7 +24,6 @@ WEIGHTS = {
 
 
 def read_transformer(state: State) -> State:
-    state = strip_prefixes(state)
     state = {key.replace(".attn1.attn_impl.", ".attn1.attn_op.local_attn."): value for key, value in state.items()}
     state = rename(state, DIFFUSERS_TRANSFORMER)
     if PATCH in state and state[PATCH].ndim == 5:
@@ -93,10 +91,6 @@ def read_text_encoder(state: State) -> State:
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
     return state
-
-
-def write_text_encoder(state: State) -> State:
-    return dict(state)
 
 
 def text_encoder_config(encoder: TextEncoder) -> dict[str, Any]:

@@ -222,6 +222,19 @@ def _bytes(value: Tensor) -> Tensor:
     return torch.from_numpy(flat.numpy())
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, unless they are there. Returns it.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside the target to write to; it takes the target's place at the end, or is removed on any error."""

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
-from ..models.transformer import TransformerConfig
 from .detect import ROLES
 from .load import outline, read
 from .manifest import Manifest, check_manifest, find_in_folder, guess_manifest, read_manifest
 
+TRANSFORMERS = {"transformer", "high_noise", "low_noise"}
 EMBEDDED = Path(__file__).parent.parent / "assets"
 
 
 def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
     """The manifest of a model by name, folder, manifest file or named files; named files stand before the model's."""
-    if model is None and {"transformer", "high_noise", "low_noise"} & set(files):
+    if model is None and TRANSFORMERS & set(files):
         first = files.get("transformer") or files.get("high_noise") or files["low_noise"]
         return guess_manifest(first.stem, files)
     manifest = _find_named(str(model or "tiny"))
     if not files:
         return manifest
     own = dict(manifest.files)
-    if {"transformer", "high_noise", "low_noise"} & set(files):
-        own = {role: path for role, path in own.items() if role not in ("transformer", "high_noise", "low_noise")}
+    if TRANSFORMERS & set(files):
+        own = {role: path for role, path in own.items() if role not in TRANSFORMERS}
     manifest = replace(manifest, files={**own, **files})
     check_manifest(manifest, manifest.name)
     return manifest
@@ -45,32 +46,35 @@ def _find_named(model: str) -> Manifest:
     raise CheckpointError(f"there is no model '{model}': it is no folder, no manifest and not embedded ({known})")
 
 
-def check_parts(manifest: Manifest) -> TransformerConfig:
+def check_parts(manifest: Manifest) -> dict[str, Any]:
     """See from names, shapes and dtypes alone that all files are whole, serve their roles and fit each other.
 
     Returns:
-        The transformers' sizes.
+        The parts by role, as modules on the meta device: all their sizes, none of their values.
 
     Raises:
         CheckpointError: one cannot serve, or two do not fit together.
     """
-    configs = {}
-    for name, path in manifest.experts.items():
-        configs[name] = outline(read(path, "transformer")[0], "transformer", str(path)).config
-    config, *others = configs.values()
+    parts = {}
+    for role, path in manifest.files.items():
+        kind = "transformer" if role.endswith("_noise") else role
+        if kind in ROLES:
+            parts[role] = outline(read(path, kind)[0], kind, str(path))
+    config, *others = (part.config for role, part in parts.items() if role in TRANSFORMERS)
     if others and others[0] != config:
         sizes = [(f.name, getattr(config, f.name), getattr(others[0], f.name)) for f in fields(config)]
-        differing = ", ".join(f"{name} {high} and {low}" for name, high, low in sizes if high != low)
+        differing = ", ".join(f"{name} {one} and {other}" for name, one, other in sizes if one != other)
         raise CheckpointError(f"the two experts differ ({differing}): {', '.join(map(str, manifest.experts.values()))}")
-    files = manifest.files
-    outline(read(files["vae"], "vae")[0], "vae", str(files["vae"]))
-    encoder = outline(read(files["text_encoder"], "text_encoder")[0], "text_encoder", str(files["text_encoder"]))
-    if encoder.width != config.text_dim:
+    text, image = parts["text_encoder"].width, parts.get("image_encoder")
+    if text != config.text_dim:
         raise CheckpointError(
-            f"the text encoder gives width {encoder.width}, but the transformer takes text of width {config.text_dim}"
+            f"the text encoder gives width {text}, but the transformer takes text of width {config.text_dim}"
         )
-    if "image_encoder" in files:
-        read(files["image_encoder"], "image_encoder")
-    elif config.image_dim is not None:
+    if config.image_dim is not None and image is None:
         raise CheckpointError(f"{manifest.name} takes CLIP image tokens; give its {ROLES['image_encoder']} too")
-    return config
+    if image is not None and config.image_dim not in (None, image.width):
+        raise CheckpointError(
+            f"the image encoder {manifest.files['image_encoder']} gives width {image.width},"
+            f" but the transformer takes image tokens of width {config.image_dim}"
+        )
+    return parts

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..models.vae import LATENT_CHANNELS, MULTIPLIERS, WanVAE
 from ..ops.layer_norm import VARIANCES
-from .assign import assign, check_fit, fit_quantized
+from .assign import TRANSFORMER_FLOAT32, assign, check_fit, fit_quantized
 from .comfy import SPIECE
-from .detect import ROLES, Detected, detect
+from .detect import ROLES, Detected, detect, strip_prefixes
 from .families import READERS
 from .files import PICKLED, SAFETENSORS, State, read_tensors
 from .scales import read_scales
@@ -44,7 +44,7 @@ def read(path: Path | str, role: str | None = None) -> tuple[State, Detected]:
     if role is not None and found.role != role:
         raise CheckpointError(f"{path} is {found}; a {ROLES[role]} is wanted here")
     try:
-        return read_scales(READERS[found.role, found.family](raw)), found
+        return read_scales(READERS[found.role, found.family](strip_prefixes(raw))), found
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -70,15 +70,17 @@ def load_transformer(
         norms: "exact", or "official" for the fast kernel's variance in norm1, norm2 and norm3.
 
     Raises:
-        CheckpointError: the file cannot serve; the line says what was found and what was wanted.
+        CheckpointError: the file cannot serve, or lacks SLA's projection where SLA is asked for; the line says what
+            was found and what was wanted.
+        RequestError: `attention`, `sla_topk`, `block_q`, `block_k` or `norms` has a value that there is not.
     """
-    state, _ = read(path, "transformer")
     if norms not in VARIANCES:
-        raise CheckpointError(f"norms must be one of {', '.join(VARIANCES)}, got '{norms}'")
+        raise RequestError(f"norms must be one of {', '.join(VARIANCES)}, got '{norms}'")
+    state, _ = read(path, "transformer")
     net, state = empty_transformer(state, str(path))
     net.attention = choose_attention(net.config, str(path), attention, sla_topk, block_q, block_k)
     net.norms = norms
-    assign(net, state, device, dtype)
+    assign(net, state, device, dtype, TRANSFORMER_FLOAT32)
     return net.eval()
 
 
@@ -104,7 +106,12 @@ def choose_attention(
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> AttentionConfig:
-    """The attention a request gets from a file; asking for SLA where the file lacks its projection is an error."""
+    """The attention a request gets from a file.
+
+    Raises:
+        CheckpointError: SLA is asked for and the file lacks its projection.
+        RequestError: a value that there is not.
+    """
     if attention == "auto":
         attention = "sla" if config.has_sla else "original"
     how = AttentionConfig(attention)
@@ -227,10 +234,57 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
     return encoder, state
 
 
+def load_image_encoder(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ImageEncoder:
+    """Load the CLIP vision tower of Wan 2.1 image-to-video, in Wan's, ComfyUI's or transformers' layout.
+
+    Raises:
+        CheckpointError: the file cannot serve.
+    """
+    encoder, state = empty_image_encoder(read(path, "image_encoder")[0], str(path))
+    for module in encoder.modules():  # the one buffer that no file holds
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor):
+            module.position_ids = torch.arange(ids.shape[1], device=device).unsqueeze(0)
+    assign(encoder.model, state, device, dtype)
+    return encoder.eval()
+
+
+def empty_image_encoder(state: State, name: str) -> tuple[ImageEncoder, State]:
+    """As `empty_transformer`, for a CLIP tower (the state is that of its `model`, without a text tower)."""
+    from transformers import CLIPVisionConfig
+
+    from ..models.image_encoder import ImageEncoder
+
+    state = {k: v for k, v in state.items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
+    width, _, patch, _ = _shape(state, "vision_model.embeddings.patch_embedding.weight", 4, name)
+    positions = _shape(state, "vision_model.embeddings.position_embedding.weight", 2, name)[0]
+    head_size = 80 if width % 80 == 0 else 64  # ViT-H's, and that of all the others
+    if width % head_size:
+        raise CheckpointError(f"{name} has width {width}, which is no multiple of the head sizes 64 and 80")
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=_shape(state, "vision_model.encoder.layers.0.mlp.fc1.weight", 2, name)[0],
+        num_hidden_layers=_count(state, r"vision_model\.encoder\.layers\.(\d+)\.", name),
+        num_attention_heads=width // head_size,
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
+        hidden_act="gelu",
+    )
+    with torch.device("meta"):
+        encoder = ImageEncoder(config)
+    prefix = "" if any(k.startswith("vision_model.") for k in encoder.model.state_dict()) else "vision_model."
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    check_fit(encoder.model, state, name)
+    return encoder, state
+
+
 EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
     "transformer": empty_transformer,
     "vae": empty_vae,
     "text_encoder": empty_text_encoder,
+    "image_encoder": empty_image_encoder,
 }
 
 
@@ -253,40 +307,3 @@ def embedded_tokenizer(path: Path | str) -> bytes | None:
         return None
     piece = read_tensors(path).get(SPIECE)
     return None if piece is None else piece.numpy().tobytes()
-
-
-def load_image_encoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> ImageEncoder:
-    """Load the CLIP vision tower of Wan 2.1 image-to-video, in Wan's, ComfyUI's or transformers' layout.
-
-    Raises:
-        CheckpointError: the file cannot serve.
-    """
-    from transformers import CLIPVisionConfig
-
-    from ..models.image_encoder import ImageEncoder
-
-    state, _ = read(path, "image_encoder")
-    state = {k: v for k, v in state.items() if k.startswith("vision_model.") and not k.endswith(".position_ids")}
-    width, _, patch, _ = _shape(state, "vision_model.embeddings.patch_embedding.weight", 4, str(path))
-    positions = _shape(state, "vision_model.embeddings.position_embedding.weight", 2, str(path))[0]
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=_shape(state, "vision_model.encoder.layers.0.mlp.fc1.weight", 2, str(path))[0],
-        num_hidden_layers=_count(state, r"vision_model\.encoder\.layers\.(\d+)\.", str(path)),
-        num_attention_heads=width // (80 if width % 80 == 0 else 64),
-        image_size=round((positions - 1) ** 0.5) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-    )
-    with torch.device("meta"):
-        encoder = ImageEncoder(config)
-    for module in encoder.modules():  # the one buffer that no file holds
-        if getattr(module, "position_ids", None) is not None:
-            module.position_ids = torch.arange(positions, device=device).unsqueeze(0)
-    prefix = "" if any(k.startswith("vision_model.") for k in encoder.model.state_dict()) else "vision_model."
-    state = {key.removeprefix(prefix): value for key, value in state.items()}
-    check_fit(encoder.model, state, str(path))
-    assign(encoder.model, state, device, dtype)
-    return encoder.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -222,6 +223,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def _expert_of(stem: str) -> str:
+    """The role a transformer's file name tells: the first word "high" or "low" in it, also as in I2VHighNoise."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()
+    found = re.search(r"(?<![a-z])(high|low)(?:noise)?(?![a-z])", words)
+    return f"{found[1]}_noise" if found else "transformer"
+
+
 def _loose_files(folder: Path) -> Manifest:
     """The original repositories' way: weights of all roles side by side, told apart by their tensors."""
     candidates = sorted(folder.glob("*.index.json"))
@@ -231,10 +239,8 @@ def _loose_files(folder: Path) -> Manifest:
     files: dict[str, Path] = {}
     for path in candidates:
         role = detect(read_tensors(path), str(path)).role
-        if role == "transformer" and "high" in path.stem.lower():
-            role = "high_noise"
-        elif role == "transformer" and "low" in path.stem.lower():
-            role = "low_noise"
+        if role == "transformer":
+            role = _expert_of(path.stem)
         if role in files:
             raise CheckpointError(
                 f"{folder} holds two files that can be its {role} ({files[role].name}, {path.name});"

@@ -1,12 +1,11 @@
 """TurboDiffusion's files: a linear patch embedding, SLA's projection deep inside, int8 blocks in the `-quant` ones."""
 
-from .detect import strip_prefixes
 from .files import State
 from .names import OFFICIAL_PROJ
 
 
 def read_transformer(state: State) -> State:
-    return {key.replace(OFFICIAL_PROJ, "self_attn.proj_l"): value for key, value in strip_prefixes(state).items()}
+    return {key.replace(OFFICIAL_PROJ, "self_attn.proj_l"): value for key, value in state.items()}
 
 
 def write_transformer(state: State) -> State:

@@ -1,7 +1,6 @@
 """The original Wan files: a convolution as patch embedding, Wan's own names for umT5 and CLIP."""
 
 from ..errors import CheckpointError
-from .detect import strip_prefixes
 from .files import State
 from .names import OFFICIAL_PROJ, WAN_IMAGE_ENCODER, WAN_TEXT_ENCODER, rename
 
@@ -9,7 +8,7 @@ PATCH = "patch_embedding.weight"
 
 
 def read_transformer(state: State) -> State:
-    state = {key.replace(OFFICIAL_PROJ, "self_attn.proj_l"): v for key, v in strip_prefixes(state).items()}
+    state = {key.replace(OFFICIAL_PROJ, "self_attn.proj_l"): v for key, v in state.items()}
     if PATCH in state:
         state[PATCH] = state[PATCH].flatten(1)
     return state
@@ -18,14 +17,6 @@ def read_transformer(state: State) -> State:
 def write_transformer(state: State) -> State:
     state = {key.replace("self_attn.proj_l", OFFICIAL_PROJ): value for key, value in state.items()}
     return {**state, PATCH: state[PATCH].unflatten(1, (-1, 1, 2, 2))}
-
-
-def read_vae(state: State) -> State:
-    return strip_prefixes(state)
-
-
-def write_vae(state: State) -> State:
-    return dict(state)
 
 
 def read_text_encoder(state: State) -> State:

@@ -32,7 +32,7 @@ def tiny(
     import torch
 
     from ..checkpoints import load_vae
-    from ..checkpoints.files import replacing
+    from ..checkpoints.files import make_folder, replacing
     from ..engine import Engine
     from ..evaluate.prompts import evaluate_prompts
     from ..evaluate.reconstruction import evaluate_vae
@@ -46,7 +46,7 @@ def tiny(
     )  # fmt: skip
     count = prompts or (1000 if on_gpu else 32)
     size = batch or (50 if on_gpu else 4)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     manifest = engine.manifest
     report = {
         "model": model,

@@ -35,7 +35,7 @@ def vae(
     """The VAE; writes vae.safetensors with its latent statistics folded in, and report.json."""
     import torch
 
-    from ..checkpoints.files import write_tensors
+    from ..checkpoints.files import replacing, write_tensors
     from ..engine import choose_device
     from ..evaluate.reconstruction import GATE, evaluate_vae
     from ..train import distributed
@@ -58,7 +58,8 @@ def vae(
         "shapes": evaluate_vae(model, clips, *sizes, device=where),
         "camera": evaluate_vae(model, clips // 2, *sizes, device=where, camera=True),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    with replacing(out / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
 
 
@@ -76,8 +77,8 @@ def flow(
     import torch
 
     from ..checkpoints import load_vae
+    from ..checkpoints.tokenizer import find_tokenizer
     from ..engine import choose_device
-    from ..models.tokenizer import Tokenizer
     from ..train import distributed
     from ..train.config import read_config
     from ..train.flow import FlowConfig, export, preview, train_flow
@@ -85,8 +86,8 @@ def flow(
 
     where = distributed.join(choose_device(device))
     settings = read_config(config, FlowConfig)
+    words = find_tokenizer(tokenizer, tokenizer)
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
-    words = Tokenizer.from_sentencepiece(tokenizer.read_bytes())
     model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
     writes = distributed.rank() == 0
     distributed.leave()

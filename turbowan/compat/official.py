@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import RequestError
+from ..errors import Note, RequestError
 
 if TYPE_CHECKING:
     from ..request import GenerateRequest
@@ -112,5 +112,6 @@ def run(args: argparse.Namespace, files: dict[str, Any], **more: Any) -> Path:
     target = Path(args.save_path)
     check_target(target, any_suffix=True)
     if not on_gpu:
-        warnings.warn("no CUDA device: the CPU draws the noise, so pictures are not the official code's", stacklevel=2)
+        note = "no CUDA device: the CPU draws the noise, so pictures are not the official code's"
+        warnings.warn(note, Note, stacklevel=2)
     return save_side_by_side(engine.generate(job, ProgressLine()), target, CRF)

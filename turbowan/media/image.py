@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -104,9 +105,9 @@ def to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
 
     As in the official code the resize works on 8-bit values, bilinear.
     """
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
-    return (pixels.float() / 255 - 0.5).div(0.5).unsqueeze(0)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return (resized.float() / 255 - 0.5).div(0.5)
 
 
 def contact_sheet(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import MachineError
 from ..machine import free_memory, size_text
@@ -27,14 +26,14 @@ class Plan:
     reason: str
 
 
-def file_bytes(path: Path) -> int:
-    """Size of a weight file, of the shards that an index names, or of all files in a folder."""
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    if path.suffix == ".json":
-        shards = set(json.loads(path.read_text())["weight_map"].values())
-        return sum(file_bytes(path.parent / name) for name in shards)
-    return path.stat().st_size
+def weight_bytes(part: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module's weights once loaded in a dtype; what is quantised stays so. A meta module serves."""
+
+    def size(weight: Tensor) -> int:
+        quantized = weight.element_size() == 1 or not weight.is_floating_point()
+        return weight.numel() * (weight.element_size() if quantized else dtype.itemsize)
+
+    return sum(size(weight) for weight in (*part.parameters(), *part.buffers()))
 
 
 def available_bytes(device: torch.device, resident: int = 0) -> int:

@@ -22,6 +22,10 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.model = CLIPVisionModel(config)
 
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in -1..1 -> tokens [B, 257, 1280] (for ViT-H/14).
 

@@ -73,6 +73,3 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         return ops.linear_fp8_scaled(x, self.weight, self.scale_weight, self.bias)
-
-
-QUANTIZED = (Int8BlockLinear, Int8RowLinear, Fp8Linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,16 +32,24 @@ def read_config(name: str, kind: type[T]) -> T:
     shipped = SHIPPED / f"{name}.toml"
     path = shipped if shipped.exists() else Path(name)
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text())
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise CheckpointError(f"there is no configuration '{name}'; shipped ones: {known}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise CheckpointError(f"{path} is not TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
     unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
     if unknown:
         raise CheckpointError(f"{path} has keys this stage does not know: {', '.join(unknown)}")
     try:
         return kind(**values)
-    except TypeError as error:
+    except (TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_positive(config: object, names: Sequence[str]) -> None:
+    """Raise CheckpointError unless these fields are positive numbers."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise CheckpointError(f"{name} must be a positive number, got {value!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checkpoints.files import write_tensors
 from ..checkpoints.official import write_transformer
 from ..checkpoints.wan import write_text_encoder
+from ..errors import CheckpointError, MachineError
 from ..media.image import contact_sheet
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import TEXT_LENGTH, Tokenizer
@@ -28,6 +29,7 @@ from ..sampling import flow
 from ..world.analyse import analyse_shapes, matches
 from ..world.captions import caption
 from ..world.scenes import draw_scenes, render
+from .config import check_positive
 from .distributed import rank
 from .loop import Average, Schedule, Stage, clip_and_step, every
 
@@ -69,6 +71,12 @@ class FlowConfig:
     preview_steps: int = 30
     preview_guidance: float = 3.0
     preview_shift: float = 3.0
+
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise CheckpointError(f"optimizer must be adamw or muon, got '{self.optimizer}'")
+        check_positive(self, ("minutes", "batch", "lr", "layers", "pool_start", "pool_size", "refresh_clips"))
 
 
 class Pool:
@@ -238,6 +246,8 @@ def make_optimizers(model: FlowModel, config: FlowConfig, fused: bool) -> dict[s
         "optimizer": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=fused)
     }
     if matrices:
+        if not hasattr(torch.optim, "Muon"):
+            raise MachineError(f"PyTorch {torch.__version__} has no Muon; take 2.10 or newer, or optimizer = 'adamw'")
         group = {"params": matrices, "scale": config.muon_lr}
         optimizers["muon"] = torch.optim.Muon(
             [group], lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"

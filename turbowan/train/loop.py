@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.files import make_folder, replacing
 from ..errors import CheckpointError
 from .distributed import average_gradients, from_rank_0, rank, world_size
 
@@ -78,7 +78,7 @@ class Stage:
         self.seconds = 60 * minutes / world_size()
         self.limit = 60 * max_minutes if max_minutes is not None else math.inf
         self.trained, self.step = 0.0, 0
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if (folder / STATE_FILE).exists():
             self._resume()
         self.started = time.monotonic()
@@ -102,9 +102,8 @@ class Stage:
         state: dict[str, Any] = {"trained": self.trained, "step": self.step}
         for name, part in self.parts.items():
             state[name] = part.values if isinstance(part, Average) else part.state_dict()
-        partial = self.folder / f".{STATE_FILE}.{os.getpid()}"
-        torch.save(state, partial)
-        partial.replace(self.folder / STATE_FILE)
+        with replacing(self.folder / STATE_FILE) as partial:
+            torch.save(state, partial)
 
     def _resume(self) -> None:
         try:

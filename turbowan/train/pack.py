@@ -5,22 +5,26 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..checkpoints.files import read_tensors, write_tensors
+from ..checkpoints.files import make_folder, read_tensors, write_tensors
 from ..checkpoints.manifest import Manifest, write_manifest
 from ..checkpoints.official import read_transformer, write_transformer
 from ..checkpoints.quantize import quantize_transformer
+from ..errors import CheckpointError
 
 
 def pack_model(out: Path, name: str, flow: Path, vae: Path, tokenizer: Path, quantize: bool = True) -> Path:
     """Copy VAE, text encoder and tokenizer, quantise the transformer, write the manifest. Returns its path."""
-    out.mkdir(parents=True, exist_ok=True)
     files = {
         "transformer": out / "transformer.safetensors",
         "vae": out / "vae.safetensors",
         "text_encoder": out / "text_encoder.safetensors",
         "tokenizer": out / "tokenizer",
     }
+    for source in (vae, flow / "text_encoder.safetensors", tokenizer):
+        if not source.is_file():
+            raise CheckpointError(f"{source} does not exist; run its stage first")
     state = read_transformer(read_tensors(flow / "transformer.safetensors"))
+    make_folder(out)
     state = quantize_transformer(state) if quantize else state
     write_tensors(files["transformer"], write_transformer(state))
     for source, target in (

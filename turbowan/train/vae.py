@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..models.vae import (
     LATENT_CHANNELS,
     LATENT_MEAN,
@@ -28,6 +29,7 @@ from ..models.vae import (
 )
 from ..ops.registry import compile_eager
 from ..world.scenes import draw_scenes, render, render_collage
+from .config import check_positive
 from .distributed import rank
 from .loop import Average, Schedule, Stage, clip_and_step, every
 
@@ -64,6 +66,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         phases = tuple(Phase(**p) if isinstance(p, dict) else p for p in self.phases)
         object.__setattr__(self, "phases", phases)
+        check_positive(self, ("minutes", "dim", "lr"))
+        if not phases or phases[-1].until < 1:
+            raise CheckpointError("the phases must end with one that lasts until 1.0")
 
 
 @torch.no_grad()
@@ -203,7 +208,8 @@ def fold_statistics(vae: WanVAE, clips: list[Tensor]) -> None:
     scale = wan_std / std
     n = LATENT_CHANNELS
     bias_in, bias_out = vae.conv1.bias, vae.conv2.bias
-    assert bias_in is not None and bias_out is not None
+    assert bias_in is not None
+    assert bias_out is not None
     bias_out += vae.conv2.weight.flatten(1) @ (mean - wan_mean / scale)
     vae.conv2.weight *= (1 / scale).view(1, -1, 1, 1, 1)
     vae.conv1.weight[:n] *= scale.view(-1, 1, 1, 1, 1)

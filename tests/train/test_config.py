@@ -1,0 +1,67 @@
+"""A stage's configuration: read whole, or one line says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from turbowan.errors import CheckpointError
+from turbowan.train.config import SHIPPED, read_config
+from turbowan.train.flow import FlowConfig
+from turbowan.train.vae import Phase, VAEConfig
+
+
+def test_shipped_configurations_are_whole() -> None:
+    names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    assert names == ["tiny-flow", "tiny-vae"]
+    vae, flow = read_config("tiny-vae", VAEConfig), read_config("tiny-flow", FlowConfig)
+    assert (vae.frames, vae.height, vae.width) == (flow.frames, flow.height, flow.width) == (33, 160, 256)
+    assert vae.minutes + flow.minutes <= 30  # of one H200, all stages together
+    assert vae.phases[-1].until == 1.0
+    assert (vae.phases[-1].height, vae.phases[-1].width) == (vae.height, vae.width)
+    assert flow.dim % 128 == 0  # head size
+
+
+def test_a_file_gives_its_values(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("minutes = 2.5\nseed = 9\n[[phases]]\nuntil = 1.0\nframes = 5\nheight = 32\nwidth = 48\nbatch = 2\n")
+    config = read_config(str(path), VAEConfig)
+    assert (config.minutes, config.seed, config.dim) == (2.5, 9, 16)
+    assert config.phases == (Phase(1.0, 5, 32, 48, 2),)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("minutes = ", "{path} is not TOML: "),
+        ("minutes = 1\nlerning_rate = 2\nsede = 1", "{path} has keys this stage does not know: lerning_rate, sede"),
+        ("seed = 3", "{path}: "),
+        ("minutes = 1\n[[phases]]\nuntil = 1.0\nframe = 5", "{path}: "),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_config(str(path), VAEConfig)
+    assert str(caught.value).startswith(line.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_name_the_shipped_ones() -> None:
+    with pytest.raises(CheckpointError, match="no configuration 'tiny-vea'; shipped ones: tiny-flow, tiny-vae"):
+        read_config("tiny-vea", VAEConfig)
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary"])
+def test_what_is_no_text(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.toml"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(CheckpointError) as caught:
+        read_config(str(path), VAEConfig)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
