@@ -38,7 +38,7 @@ class Engine:
         self.manifest, self.device = manifest, device
         self.blocks = {"block_q": block_q, "block_k": block_k}
         self.outlines = check_parts(manifest)
-        self.config = next(part.config for role, part in self.outlines.items() if role in TRANSFORMERS)
+        self.config = next(self.outlines[role].config for role in TRANSFORMERS if role in self.outlines)
         self.parts = Residency()
         self.tokenizer = find_tokenizer(manifest.files["text_encoder"], manifest.files.get("tokenizer"))
 

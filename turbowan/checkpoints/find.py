@@ -11,20 +11,20 @@ from .detect import ROLES
 from .load import outline, read
 from .manifest import Manifest, check_manifest, find_in_folder, guess_manifest, read_manifest
 
-TRANSFORMERS = {"transformer", "high_noise", "low_noise"}
+TRANSFORMERS = ("transformer", "high_noise", "low_noise")
 EMBEDDED = Path(__file__).parent.parent / "assets"
 
 
 def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
     """The manifest of a model by name, folder, manifest file or named files; named files stand before the model's."""
-    if model is None and TRANSFORMERS & set(files):
+    if model is None and any(role in files for role in TRANSFORMERS):
         first = files.get("transformer") or files.get("high_noise") or files["low_noise"]
         return guess_manifest(first.stem, files)
     manifest = _find_named(str(model or "tiny"))
     if not files:
         return manifest
     own = dict(manifest.files)
-    if TRANSFORMERS & set(files):
+    if any(role in files for role in TRANSFORMERS):
         own = {role: path for role, path in own.items() if role not in TRANSFORMERS}
     manifest = replace(manifest, files={**own, **files})
     check_manifest(manifest, manifest.name)
@@ -60,7 +60,7 @@ def check_parts(manifest: Manifest) -> dict[str, Any]:
         kind = "transformer" if role.endswith("_noise") else role
         if kind in ROLES:
             parts[role] = outline(read(path, kind)[0], kind, str(path))
-    config, *others = (part.config for role, part in parts.items() if role in TRANSFORMERS)
+    config, *others = (parts[role].config for role in TRANSFORMERS if role in parts)
     if others and others[0] != config:
         sizes = [(f.name, getattr(config, f.name), getattr(others[0], f.name)) for f in fields(config)]
         differing = ", ".join(f"{name} {one} and {other}" for name, one, other in sizes if one != other)
