@@ -25,7 +25,8 @@ def test_shipped_configurations_are_whole() -> None:
 
 def test_a_file_gives_its_values(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text("minutes = 2.5\nseed = 9\n[[phases]]\nuntil = 1.0\nframes = 5\nheight = 32\nwidth = 48\nbatch = 2\n")
+    phase = "until = 1.0\nframes = 5\nheight = 32\nwidth = 48\nbatch = 2\n"
+    path.write_text(f"minutes = 2.5\nseed = 9\n[[phases]]\n{phase}")
     config = read_config(str(path), VAEConfig)
     assert (config.minutes, config.seed, config.dim) == (2.5, 9, 16)
     assert config.phases == (Phase(1.0, 5, 32, 48, 2),)
@@ -65,3 +66,16 @@ def test_what_is_no_text(tmp_path: Path, kind: str) -> None:
         read_config(str(path), VAEConfig)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"minutes": 1, "batch": 0}, "batch must be a positive number, got 0"),
+        ({"minutes": "x"}, "minutes must be a positive number, got 'x'"),
+        ({"minutes": 1, "optimizer": "moun"}, "optimizer must be adamw or muon, got 'moun'"),
+    ],
+)
+def test_values_that_cannot_be(values: dict, line: str) -> None:
+    with pytest.raises(CheckpointError, match=line):
+        FlowConfig(**values)

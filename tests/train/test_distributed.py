@@ -13,7 +13,7 @@ import torch
 from turbowan.train import distributed
 device = distributed.join(torch.device("cpu"))
 rank = distributed.rank()
-parameters = [torch.zeros(3, 5, requires_grad=True), torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
+parameters = [torch.zeros(size, requires_grad=True) for size in ((3, 5), (2,), (1,))]
 for i, p in enumerate(parameters[:2]):
     p.grad = torch.full_like(p, 10.0 * i + rank)
 distributed.average_gradients(parameters)
@@ -22,7 +22,7 @@ assert [float(p.grad.flatten()[0]) for p in parameters[:2]] == [0.5, 10.5], [p.g
 assert parameters[2].grad is None
 assert distributed.from_rank_0(3.25 + rank, device) == 3.25
 distributed.leave()
-print("rank", rank, "agrees")
+print(f"rank {rank} agrees\\n", end="", flush=True)  # in one piece: both write to one pipe
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from turbowan.errors import CheckpointError
 from turbowan.train.tokenizer import VOCABULARY, train_tokenizer
 
 
@@ -21,7 +22,6 @@ def test_training_is_deterministic_and_gives_the_embedded_one(tmp_path: Path, ti
     )
     pieces = [[s.id_to_piece(i) for i in range(s.vocab_size())] for s in (new, embedded)]
     assert pieces[0] == pieces[1]
-    assert [p.name for p in tmp_path.iterdir()].sort() == ["again.model", "new"].sort()
 
 
 def test_special_ids_are_those_of_umt5(tmp_path: Path) -> None:
@@ -35,5 +35,5 @@ def test_special_ids_are_those_of_umt5(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         train_tokenizer(tmp_path / "file" / "spiece.model", captions=2000)

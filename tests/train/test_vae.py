@@ -11,8 +11,8 @@ import torch
 
 from turbowan.checkpoints import load_vae
 from turbowan.checkpoints.files import write_tensors
-from turbowan.models.vae import WanVAE
-from turbowan.train.loop import CURVE_FILE, STATE_FILE
+from turbowan.models.vae import CausalConv3d, Clip, FrameAttention, Residual, WanVAE
+from turbowan.train.loop import CURVE_FILE, STATE_FILE, clip_and_step
 from turbowan.train.vae import (
     Phase,
     VAEConfig,
@@ -38,19 +38,29 @@ def started_vae(seed: int, dim: int = 8) -> WanVAE:
 
 
 def test_it_starts_as_a_per_frame_autoencoder(fresh_seed: int) -> None:
-    """A clip of one still picture becomes the same latent and the same picture at every time."""
+    """Convolutions see the current frame only, residual branches and attention add nothing."""
     vae = started_vae(fresh_seed)
-    picture = torch.rand(1, 3, 1, 32, 48) * 2 - 1
+    seen = {CausalConv3d: 0, Residual: 0, FrameAttention: 0}
     with torch.no_grad():
-        latent = vae.encode(picture.expand(-1, -1, 9, -1, -1))
-        video = vae.decode(latent)
-    assert latent.std() > 0.01
-    assert torch.allclose(latent, latent[:, :, :1].expand_as(latent), atol=1e-4)
-    assert torch.allclose(video, video[:, :, :1].expand_as(video), atol=1e-4)
+        for module in vae.modules():
+            if isinstance(module, CausalConv3d):
+                x = torch.randn(1, module.in_channels, 5, 6, 6)
+                alone = torch.cat([module(frame, Clip()) for frame in x.split(1, dim=2)], dim=2)
+                assert torch.allclose(module(x, Clip()), alone, atol=1e-4)
+            elif isinstance(module, Residual):
+                last = module.residual["6"]
+                assert not last.weight.any()  # type: ignore[operator]
+                assert not last.bias.any()  # type: ignore[operator]
+            elif isinstance(module, FrameAttention):
+                x = torch.randn(1, module.proj.in_channels, 3, 4, 4)
+                assert torch.allclose(module(x, Clip()), x + module.proj.bias.view(1, -1, 1, 1, 1), atol=1e-6)
+            if type(module) in seen:
+                seen[type(module)] += 1
+    assert all(seen.values())
 
 
 @pytest.mark.usefixtures("clock")
-def test_training_learns_and_resumes(tmp_path: Path, fresh_seed: int) -> None:
+def test_training_resumes(tmp_path: Path, fresh_seed: int) -> None:
     config = replace(CONFIG, seed=fresh_seed % 1000, minutes=20 / 60)
     before = WanVAE(8).state_dict()
     vae = train_vae(config, tmp_path, CPU, max_minutes=10 / 60)
@@ -65,20 +75,24 @@ def test_training_learns_and_resumes(tmp_path: Path, fresh_seed: int) -> None:
     assert [line["step"] for line in lines] == list(range(1, 19))
     assert [line["frames"] for line in lines] == [1] * 9 + [5] * 9
     assert {"l1", "mse", "edge", "kl", "psnr", "norm", "minutes"} <= set(lines[0])
-    assert all(torch.isfinite(torch.tensor([v for v in line.values()])).all() for line in lines)
+    assert all(torch.isfinite(torch.tensor(list(line.values()))).all() for line in lines)
     done = train_vae(config, tmp_path, CPU)  # a stage that is done only loads its result
     assert len((tmp_path / CURVE_FILE).read_text().splitlines()) == 18
     assert all(torch.isfinite(p).all() for p in done.parameters())
 
 
-@pytest.mark.usefixtures("clock")
-def test_the_loss_falls(tmp_path: Path, fresh_seed: int) -> None:
-    phases = (Phase(1.0, 1, 32, 32, 8),)
-    config = replace(CONFIG, seed=fresh_seed % 1000, minutes=60 / 60, phases=phases)
-    train_vae(config, tmp_path, CPU)
-    lines = [json.loads(line) for line in (tmp_path / CURVE_FILE).read_text().splitlines()]
-    losses = [line["l1"] for line in lines]
-    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+def test_the_loss_falls(fresh_seed: int) -> None:
+    """On four pictures, in thirty steps."""
+    vae = started_vae(fresh_seed).train()
+    clips = draw_clips(CONFIG, Phase(1.0, 1, 24, 24, 4), torch.Generator().manual_seed(fresh_seed), CPU)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99))
+    losses = []
+    for _ in range(30):
+        terms = loss_terms(vae, clips)
+        (terms["l1"] + terms["mse"] + 0.5 * terms["edge"] + 1e-4 * terms["kl"]).backward()
+        clip_and_step([optimizer], list(vae.parameters()), 3e-3, 1.0)
+        losses.append(terms["l1"].item())
+    assert min(losses[-10:]) < 0.95 * losses[0]
 
 
 def test_clips_are_windows_of_the_world(fresh_seed: int) -> None:
@@ -117,19 +131,19 @@ def test_fold_statistics(tmp_path: Path, tiny: Path, fresh_seed: int, kind: str)
         vae.conv1.bias[:16] += 3 * torch.randn(16)  # type: ignore[index]
         vae.conv1.weight[:16] *= torch.rand(16, 1, 1, 1, 1) * 3 + 0.2
     generator = torch.Generator().manual_seed(fresh_seed)
-    clips = [render(draw_scenes(8, generator, 0.15), 5, 48, 64) for _ in range(3)]
-    other = render(draw_scenes(8, generator, 0.15, held_out=None), 5, 48, 64)
+    clips = [render(draw_scenes(32, generator, 0.15), 1, 48, 64) for _ in range(3)]
+    unseen = render(draw_scenes(64, generator, 0.15, held_out=None), 1, 48, 64)
+    other = render(draw_scenes(2, generator, 0.15, held_out=None), 9, 48, 64)
     with torch.no_grad():
         before = vae.decode(vae.encode(other))
         fold_statistics(vae, clips)
         latents = torch.cat([vae.encode(batch) for batch in clips]).transpose(0, 1).flatten(1)
-        unseen = vae.encode(other)
-        after = vae.decode(unseen)
+        held_out = vae.encode(unseen).transpose(0, 1).flatten(1)
+        after = vae.decode(vae.encode(other))
     assert latents.mean(dim=1).abs().max() < 1e-3
     assert (latents.std(dim=1) - 1).abs().max() < 1e-3
-    unseen = unseen.transpose(0, 1).flatten(1)
-    assert unseen.mean(dim=1).abs().mean() < 0.4
-    assert (unseen.std(dim=1) - 1).abs().mean() < 0.4
+    assert held_out.mean(dim=1).abs().mean() < 0.3
+    assert (held_out.std(dim=1) - 1).abs().mean() < 0.3
     assert (after - before).abs().max() < 2e-3 * before.abs().max()
     write_tensors(tmp_path / "vae.safetensors", vae.state_dict())
     loaded = load_vae(tmp_path / "vae.safetensors", CPU, torch.float32)
@@ -144,8 +158,6 @@ def test_fold_statistics_keeps_the_variance_in_step(fresh_seed: int) -> None:
 
     def moments() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            from turbowan.models.vae import Clip
-
             mean, log_variance = vae.conv1(vae.encoder(clips[0], Clip()), Clip()).chunk(2, dim=1)
         return mean.transpose(0, 1).flatten(1), (0.5 * log_variance).exp().transpose(0, 1).flatten(1)
 

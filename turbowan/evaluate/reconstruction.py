@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..errors import RequestError
 from ..models.vae import WanVAE
 from ..world.analyse import analyse_shapes, matches
 from ..world.scenes import draw_scenes, render
@@ -28,12 +29,20 @@ def evaluate_vae(
     """Encode and decode held-out clips of the full length.
 
     Args:
+        clips: how many.
+        frames, height, width: of each clip.
+        batch: clips at a time.
         camera: clips of a moving camera over a texture instead of a moving shape.
+
+    Raises:
+        RequestError: no clips, or none at a time.
 
     Returns:
         psnr: in dB, mean over clips. psnr_by_frame: per frame index. kept: share of shape clips in which the analyser
         still finds colour, shape, direction and background as in the scene, all at once.
     """
+    if clips < 1 or batch < 1:
+        raise RequestError(f"an evaluation takes at least 1 clip, 1 at a time; got {clips}, {batch} at a time")
     generator = torch.Generator().manual_seed(987_654)
     scenes = draw_scenes(clips, generator, 1.0 if camera else 0.0, held_out=None if camera else True)
     errors, kept = [], 0

@@ -20,7 +20,6 @@ CORE = 0.0125  # pixels further inside a shape than this are surely its own: 2 p
 ROUND = 0.80  # of its circumscribed circle a disc fills more, a square less (1 and 2 / pi, were there no pixels)
 THREE_CORNERS = 0.4  # half of a triangle's third moment
 HOLLOW = 0.5  # share of a ring's middle that is empty
-CAMERA_ROUNDS = 4
 LAG = 0.1875  # of a clip: 6 of 32 frames. A shape that turns does so visibly, by less than a quarter
 TURNED = 0.06  # share of a resting shape's mask that must change in that time when it turns
 
@@ -194,30 +193,24 @@ def _background(pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def analyse_camera(video: Tensor) -> Tensor:
     """Which way the camera moves in clips without a moving thing: [B] indices into CAMERAS.
 
-    Solves for one shift and one scale per clip that explain the change from frame to frame (Lucas and Kanade 1981), a few
-    times over: each time the later frames are first moved back by what was found, so that only small changes are left.
+    Solves for one shift and one scale per clip that explain the change from frame to frame (Lucas and Kanade 1981).
 
     Args:
         video: [B, 3, T, H, W] in -1..1.
     """
     batch, height, width = video.shape[0], video.shape[3], video.shape[4]
-    grey = F.avg_pool2d(video.float().mean(dim=1), 4)
-    x = ((torch.arange(grey.shape[3], device=video.device) + 0.5) * 4 / height - width / height / 2).view(1, 1, -1)
-    y = ((torch.arange(grey.shape[2], device=video.device) + 0.5) * 4 / height - 0.5).view(1, -1, 1)
-    flow = torch.zeros(batch, 3, device=video.device)  # content's motion per frame: x, y, scale
-    for _ in range(CAMERA_ROUNDS):
-        shift_x, shift_y, scale = flow.view(batch, 3, 1, 1).unbind(1)
-        to_x, to_y = torch.broadcast_tensors((1 + scale) * x + shift_x, (1 + scale) * y + shift_y)
-        there = torch.stack([to_x * height / width, to_y], dim=-1) * 2
-        later = F.grid_sample(grey[:, 1:], there, padding_mode="border", align_corners=False)
-        middle = (later + grey[:, :-1]) / 2
-        slope_x = torch.gradient(middle, spacing=4 / height, dim=3)[0]
-        slope_y = torch.gradient(middle, spacing=4 / height, dim=2)[0]
-        seen = (there.abs().amax(dim=-1) < 1).unsqueeze(1)
-        terms = torch.stack([slope_x, slope_y, slope_x * x + slope_y * y], dim=-1) * seen.unsqueeze(-1)
-        terms, change = terms.reshape(batch, -1, 3), (later - grey[:, :-1]).reshape(batch, -1, 1)
-        normal = terms.mT @ terms + 1e-6 * torch.eye(3, device=video.device)
-        flow = flow - torch.linalg.solve(normal, terms.mT @ change).squeeze(-1)
+    grey = video.float().mean(dim=1)
+    grey = F.avg_pool2d(grey, 4)
+    x = (torch.arange(grey.shape[3], device=video.device) + 0.5) * 4 / height - width / height / 2
+    y = (torch.arange(grey.shape[2], device=video.device) + 0.5) * 4 / height - 0.5
+    middle = (grey[:, 1:] + grey[:, :-1]) / 2
+    slope_x = torch.gradient(middle, spacing=4 / height, dim=3)[0]
+    slope_y = torch.gradient(middle, spacing=4 / height, dim=2)[0]
+    outward = slope_x * x.view(1, 1, 1, -1) + slope_y * y.view(1, 1, -1, 1)
+    terms = torch.stack([slope_x, slope_y, outward], dim=-1).reshape(batch, -1, 3)
+    later = (grey[:, 1:] - grey[:, :-1]).reshape(batch, -1, 1)
+    normal = terms.mT @ terms + 1e-6 * torch.eye(3, device=video.device)
+    flow = torch.linalg.solve(normal, -(terms.mT @ later)).squeeze(-1)  # content's motion per frame: x, y, scale
     size = flow * torch.tensor([1.0, 1.0, 0.7], device=video.device)
     strongest = size.abs().argmax(dim=1)
     positive = size.gather(1, strongest[:, None]).squeeze(1) > 0

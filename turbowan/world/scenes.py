@@ -251,7 +251,8 @@ def _clouds(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     total = torch.zeros_like(_column(r[:, 0]))
     seed = (r * 997).sum(dim=1)
     for i in range(10):
-        direction, phase = (_column((seed * (0.618 + 0.137 * i + j)).frac()) * 2 * math.pi for j in (0, 0.271))
+        turn = _column((0.618 * (seed + i)).frac())  # spread evenly: a pan along the waves of one direction is not seen
+        direction, phase = 2 * math.pi * turn, 2 * math.pi * _column((seed * (0.889 + 0.137 * i)).frac())
         frequency = 1.2 * 1.33**i
         along = x * direction.cos() + y * direction.sin()
         total = total + torch.sin(2 * math.pi * frequency * along + phase) * frequency**-0.7
