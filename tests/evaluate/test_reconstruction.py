@@ -11,8 +11,8 @@ from torch import Tensor
 
 import turbowan
 from turbowan.checkpoints import load_vae
-from turbowan.errors import RequestError
-from turbowan.evaluate.reconstruction import GATE, evaluate_vae, psnr
+from turbowan.errors import CheckpointError, RequestError
+from turbowan.evaluate.reconstruction import GATE, check_gate, evaluate_vae, psnr
 
 SIZE = {"frames": 17, "height": 96, "width": 160}
 
@@ -80,3 +80,11 @@ def test_an_evaluation_of_nothing_is_refused(numbers: tuple[int, int]) -> None:
     clips, batch = numbers
     with pytest.raises(RequestError, match=f"at least 1 clip, 1 at a time; got {clips}, {batch} at a time"):
         evaluate_vae(Known(0.0), clips, batch=batch)  # type: ignore[arg-type]
+
+
+def test_the_gate_names_what_is_too_low() -> None:
+    check_gate({"psnr": 28.0, "kept": {"share": 0.97}}, "vae")
+    with pytest.raises(CheckpointError, match=r"vae is not good enough.*psnr 27\.9 \(at least 28\); train it longer"):
+        check_gate({"psnr": 27.9, "kept": {"share": 1.0}}, "vae")
+    with pytest.raises(CheckpointError, match=r"kept 0\.9375 \(at least 0\.97\)"):
+        check_gate({"psnr": 34.9, "kept": {"share": 0.9375}}, "vae")

@@ -79,6 +79,7 @@ def flow(
     from ..checkpoints import load_vae
     from ..checkpoints.tokenizer import find_tokenizer
     from ..engine import choose_device
+    from ..evaluate.reconstruction import check_gate
     from ..train import distributed
     from ..train.config import read_config
     from ..train.flow import FlowConfig, export, preview, train_flow
@@ -87,6 +88,9 @@ def flow(
     where = distributed.join(choose_device(device))
     settings = read_config(config, FlowConfig)
     words = find_tokenizer(tokenizer, tokenizer)
+    report = vae.with_name("report.json")  # what the stage before says of its result
+    if report.exists():
+        check_gate(json.loads(report.read_text())["shapes"], str(vae))
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
     model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
     writes = distributed.rank() == 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 from ..models.vae import WanVAE
 from ..world.analyse import analyse_shapes, matches
 from ..world.scenes import draw_scenes, render
 from .interval import share
 
-GATE = {"psnr": 28.0, "kept": 0.97}  # below either, nothing is trained on top
+GATE = {"psnr": 28.0, "kept": 0.97}  # on whole held-out shape clips; `check_gate` holds a stage to it
 
 
 @torch.no_grad()
@@ -61,6 +63,18 @@ def evaluate_vae(
         "psnr_by_frame": [round(psnr(float(m)), 2) for m in mse.mean(dim=0)],
         "kept": None if camera else share(kept, clips),
     }
+
+
+def check_gate(report: Mapping[str, Any], name: str) -> None:
+    """Raise CheckpointError unless a VAE is good enough to train a transformer on its latents.
+
+    Args:
+        report: what `evaluate_vae` says of shape clips. name: how to call the VAE in the error.
+    """
+    found = {"psnr": report["psnr"], "kept": report["kept"]["share"]}
+    low = [f"{key} {found[key]:.4g} (at least {least:g})" for key, least in GATE.items() if found[key] < least]
+    if low:
+        raise CheckpointError(f"{name} is not good enough to build on: {', '.join(low)}; train it longer")
 
 
 def psnr(mse: float) -> float:
