@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from ..errors import CheckpointError, RequestError
 from ..models.vae import WanVAE
-from ..world.analyse import analyse_shapes, matches
+from ..world.analyse import analyse_shapes, matches, psnr
 from ..world.scenes import draw_scenes, render
 from .interval import share
 
@@ -75,8 +74,3 @@ def check_gate(report: Mapping[str, Any], name: str) -> None:
     low = [f"{key} {found[key]:.4g} (at least {least:g})" for key, least in GATE.items() if found[key] < least]
     if low:
         raise CheckpointError(f"{name} is not good enough to build on: {', '.join(low)}; train it longer")
-
-
-def psnr(mse: float) -> float:
-    """dB of a mean squared error on the scale -1..1."""
-    return 10 * math.log10(4.0 / max(mse, 1e-10))

@@ -28,6 +28,7 @@ from ..models.vae import (
     WanVAE,
 )
 from ..ops.registry import compile_eager
+from ..world.analyse import psnr
 from ..world.scenes import draw_scenes, render, render_collage
 from .config import check_positive
 from .distributed import rank
@@ -181,11 +182,6 @@ def train_vae(config: VAEConfig, folder: Path, device: torch.device, max_minutes
     stage.save()
     average.swap()
     return vae.eval()
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on the scale -1..1."""
-    return float(10 * torch.log10(torch.tensor(4.0 / max(mse, 1e-10))))
 
 
 def statistics_clips(config: VAEConfig, device: torch.device, batches: int = 24, batch: int = 8) -> list[Tensor]:

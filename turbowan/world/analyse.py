@@ -230,3 +230,8 @@ def matches(found: Findings, scenes: Scenes) -> dict[str, Tensor]:
         "direction": found.visible & (found.motion == scenes.motion),
         "background": (found.background == scenes.background) & (found.texture == scenes.texture),
     }
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio, in dB, of a mean squared error on the scale -1..1."""
+    return 10 * math.log10(4.0 / max(mse, 1e-10))
