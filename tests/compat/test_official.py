@@ -20,6 +20,7 @@ from turbowan.settings import fit_area
 from turbowan.specs import RESOLUTIONS
 
 Golden = Callable[[str], Path]
+Recorded = Callable[..., list[Tensor]]
 RelativeError = Callable[[Tensor, Tensor], float]
 
 REQUIRED = object()
@@ -112,15 +113,17 @@ def test_blocks_follow_the_device(attention, capability, wanted):
 @pytest.mark.parametrize(
     ("file", "attention"), [("t2v-tiny.pth", "sla"), ("t2v-tiny.pth", "sagesla"), ("t2v-tiny-quant.pth", "sagesla")]
 )
-def test_blocks_give_what_hopper_gave(golden: Golden, relative_error: RelativeError, file: str, attention: str):
-    recorded = load_file(golden("t2v-tiny.io.safetensors"))
-    wanted = recorded[f"out.{attention}.{'int8' if 'quant' in file else 'bf16'}"]
+def test_blocks_give_what_hopper_gave(
+    golden: Golden, recorded: Recorded, relative_error: RelativeError, file: str, attention: str
+):
+    precision = "int8" if "quant" in file else "bf16"
+    x, context, wanted = recorded("t2v-tiny.io.safetensors", "x", "context", f"out.{attention}.{precision}")
 
     def error(capability: tuple[int, int]) -> float:
         block_q, block_k = official.blocks(attention, capability)
         net = load_transformer(golden(file), "cpu", torch.float32, attention, 0.25, block_q, block_k, "official")
         with torch.inference_mode():
-            out = net(recorded["x"].float(), torch.tensor([936.0]), recorded["context"].float())
+            out = net(x.float(), torch.tensor([936.0]), context.float())
         return relative_error(out, wanted)
 
     assert error((9, 0)) <= (0.012 if "quant" in file else 0.008)

@@ -83,6 +83,16 @@ def test_other_sizes(fresh_seed: int, count: int, size: tuple[int, int, int]) ->
     assert_all_right(scenes, judge(scenes, size))
 
 
+@pytest.mark.parametrize("frames", [9, 13, 33, 49])
+def test_turning_is_seen_at_any_speed(fresh_seed: int, frames: int) -> None:
+    """Also at the fastest, which turns a square onto itself within half a clip."""
+    scenes = draw(16, fresh_seed)
+    shape = torch.where(torch.arange(16) < 8, SHAPES.index("square"), SHAPES.index("triangle"))
+    scenes = replace(scenes, shape=shape, motion=torch.full((16,), MOTIONS.index("turn")))
+    scenes.random[:, 4] = torch.linspace(0, 1, 8).repeat(2)
+    assert_all_right(scenes, judge(scenes, (frames, 80, 128)))
+
+
 @pytest.mark.parametrize("texture", CAMERA_TEXTURES)
 def test_cameras(fresh_seed: int, texture: str) -> None:
     camera = torch.arange(2 * len(CAMERAS)) % len(CAMERAS)

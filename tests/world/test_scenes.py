@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turbowan.world.scenes import (
+    CAMERA_TEXTURES,
     CAMERAS,
     COLOURS,
     MOTIONS,
@@ -204,6 +205,17 @@ def test_large_shapes_are_larger(fresh_seed: int) -> None:
     radius = (area / torch.pi).sqrt() / 96
     wanted = torch.where(scenes.large, 0.2, 0.125)
     assert (radius / wanted - 1).abs().max() < 0.12
+
+
+def test_clouds_show_every_pan(fresh_seed: int) -> None:
+    """No direction along which they look the same: the structure tensor's smaller eigenvalue is a good part of both."""
+    scenes = draw_scenes(1500, generator(fresh_seed), camera_share=1.0, held_out=None)
+    scenes = scenes[scenes.texture == CAMERA_TEXTURES.index("cloudy")]
+    assert len(scenes) > 250
+    grey = render(scenes, 1, 48, 80)[:, :, 0].mean(dim=1)
+    slopes = torch.stack([s.flatten(1) for s in torch.gradient(grey, dim=(1, 2))], dim=1)
+    small, large = torch.linalg.eigvalsh(slopes @ slopes.mT).unbind(1)
+    assert (small / large).min() > 0.2
 
 
 def test_collages_fill_the_frame(fresh_seed: int) -> None:
