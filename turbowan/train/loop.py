@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,10 @@ class Stage:
                         mine.copy_(kept)
                 else:
                     part.load_state_dict(state[name])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:160]
             raise CheckpointError(
-                f"{self.folder / STATE_FILE} is not a state of this stage ({error}); give another --out"
+                f"{self.folder / STATE_FILE} is not a state of this stage ({reason}); give another --out"
             ) from error
 
     def log(self, **values: float) -> None:
