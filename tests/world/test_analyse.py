@@ -108,7 +108,7 @@ def test_shapes_are_still_recognised_with_soft_edges(fresh_seed: int) -> None:
     """Corners rounded by a blur of a shape's eighth do not turn triangles into squares, nor squares into circles."""
     scenes = draw(32, fresh_seed)
     scenes = replace(scenes, shape=torch.arange(32) % 4, motion=torch.full((32,), MOTIONS.index("left")))
-    taps = torch.exp(-torch.arange(-6, 7) ** 2 / (2 * 1.8**2))
+    taps = torch.exp(-(torch.arange(-6, 7) ** 2) / (2 * 1.8**2))
     kernel = (taps / taps.sum()).view(1, 1, -1, 1)
     found = []
     for _, video in batches(scenes):
