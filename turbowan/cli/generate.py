@@ -73,7 +73,7 @@ def generate(
         for text in prompts
     ]  # fmt: skip
     for target in targets:  # all that can be wrong is found before the weights are read
-        check_target(target)
+        check_target(target, num_frames=num_frames or 2)
 
     from ..engine import Engine, Progress
 

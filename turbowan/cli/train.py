@@ -56,7 +56,7 @@ def vae(
     report = {
         "gate": GATE,
         "shapes": evaluate_vae(model, clips, *sizes, device=where),
-        "camera": evaluate_vae(model, clips // 2, *sizes, device=where, camera=True),
+        "camera": evaluate_vae(model, max(1, clips // 2), *sizes, device=where, camera=True),
     }
     with replacing(out / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=1))
