@@ -67,7 +67,9 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
     def error(ours: Tensor, theirs: Tensor) -> float:
         assert ours.shape == theirs.shape, f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}"
         ours, theirs = ours.double(), theirs.double()
-        return float((ours - theirs).norm() / theirs.norm())
+        found = float((ours - theirs).norm() / theirs.norm())
+        print(f"relative error {found:.2e}")  # `pytest -rP` shows it
+        return found
 
     return error
 

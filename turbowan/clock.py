@@ -25,7 +25,11 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Clock:
-    """Seconds per stage. Stages nest: a part loaded while denoising counts as load, not as denoise."""
+    """Seconds per stage. Stages nest: a part loaded while denoising counts as load, not as denoise.
+
+    On a GPU both ends of a stage wait for it, so that no stage holds another one's work: stages are for whole pieces of
+    work, not for steps.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -34,14 +38,18 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, exclusive: bool = True) -> Iterator[None]:
+        self._wait()
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            self._wait()
             elapsed = time.perf_counter() - started
             inside = self._inner.pop()
             self.seconds[name] += elapsed - inside if exclusive else elapsed
             self._inner[-1] += elapsed
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

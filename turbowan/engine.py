@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from .checkpoints.find import EMBEDDED as EMBEDDED
-from .checkpoints.find import TRANSFORMERS, check_parts, find_model
+from .checkpoints.find import check_parts, find_model
 from .checkpoints.load import choose_attention
-from .checkpoints.manifest import Manifest
+from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .checkpoints.tokenizer import find_tokenizer
 from .clock import Progress as Progress
 from .clock import ProgressCallback

@@ -71,6 +71,7 @@ class Run:
         self.manifest, self.image_dim, self.tokenizer, self.parts = manifest, image_dim, tokenizer, parts
         self.settings, self.how, self.device, self.report = settings, how, how.device, report
         self.clock = Clock(how.device)
+        self._expert = ""  # of the last step
         if settings.sampler == "rcm":
             self.times = rcm.timesteps(settings.num_steps, settings.sigma_max)
         else:
@@ -185,12 +186,13 @@ class Run:
 
     def _transformer(self, t: float) -> WanTransformer:
         name = expert_for(t, self.settings.boundary) if self.manifest.two_experts else "single"
-        if name == "low":
+        if (self._expert, name) == ("high", "low"):
             with self.clock.stage("switch"):
                 self._done("high_noise")
                 net = self._part("low_noise", load_transformer)
         else:
             net = self._part(_ROLE_OF[name], load_transformer)
+        self._expert = name
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
 

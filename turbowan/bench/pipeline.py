@@ -18,6 +18,9 @@ def run_pipeline(folder: Path, request: GenerateRequest, device: str, repeats: i
     Args:
         folder: a model folder, with random weights or real ones.
         repeats: runs after the first.
+
+    Returns:
+        Records for JSON: seconds per stage, peak memory in GiB, frames and pixels, machine and commit.
     """
     engine = Engine.load(folder, device=device)
     for index in range(1 + repeats):

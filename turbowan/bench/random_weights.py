@@ -34,6 +34,10 @@ def write_random_model(
         tokenizer: a SentencePiece model of at most 512 pieces, for the small text encoder.
         quantize: official int8 blocks in the transformer.
         device: where the weights are drawn.
+
+    Raises:
+        RequestError: no such size.
+        CheckpointError: the folder cannot be written.
     """
     if size not in TRANSFORMERS:
         raise RequestError(f"bench sizes are {', '.join(TRANSFORMERS)}; got '{size}'")

@@ -9,9 +9,16 @@ from typing import Any
 from ..errors import CheckpointError
 from .detect import ROLES
 from .load import outline, read
-from .manifest import Manifest, check_manifest, find_in_folder, guess_manifest, read_manifest
+from .manifest import (
+    FILE_NAME,
+    TRANSFORMERS,
+    Manifest,
+    check_manifest,
+    find_in_folder,
+    guess_manifest,
+    read_manifest,
+)
 
-TRANSFORMERS = ("transformer", "high_noise", "low_noise")
 EMBEDDED = Path(__file__).parent.parent / "assets"
 
 
@@ -33,7 +40,7 @@ def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
 
 def _find_named(model: str) -> Manifest:
     embedded = EMBEDDED / model
-    if "/" not in model and (embedded / "turbowan.toml").exists():
+    if "/" not in model and (embedded / FILE_NAME).exists():
         return read_manifest(embedded)
     path = Path(model).expanduser()
     if path.is_dir():
@@ -42,7 +49,7 @@ def _find_named(model: str) -> Manifest:
         return read_manifest(path)
     if path.exists():
         raise CheckpointError(f"{path} is a single file; name it as --transformer, with --vae and --text-encoder")
-    known = ", ".join(sorted(p.parent.name for p in EMBEDDED.glob("*/turbowan.toml"))) or "none"
+    known = ", ".join(sorted(p.parent.name for p in EMBEDDED.glob(f"*/{FILE_NAME}"))) or "none"
     raise CheckpointError(f"there is no model '{model}': it is no folder, no manifest and not embedded ({known})")
 
 

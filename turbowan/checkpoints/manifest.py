@@ -28,7 +28,8 @@ _WHOLE = dict.fromkeys(("num_steps", "width", "height", "num_frames", "fps"), ((
 _NUMBERS = dict.fromkeys(("sigma_max", "shift", "guidance_scale", "boundary", "sla_topk"), ((int, float), "a number"))
 _TYPES = {**_WHOLE, **_NUMBERS, "distilled": ((bool,), "true or false")}  # all others are text
 _REQUESTED = (*_WHOLE, *_NUMBERS, "sampler", "attention", "negative_prompt")  # what a request can ask for, too
-ROLES = ("transformer", "high_noise", "low_noise", "vae", "text_encoder", "tokenizer", "image_encoder")
+TRANSFORMERS = ("transformer", "high_noise", "low_noise")
+ROLES = (*TRANSFORMERS, "vae", "text_encoder", "tokenizer", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _check_types(values: Mapping[str, Any], where: str) -> None:
 
 def check_manifest(manifest: Manifest, where: str) -> None:
     """Raise CheckpointError unless roles and values fit together; each value is held to the limits of a request."""
-    roles = set(manifest.files) & {"transformer", "high_noise", "low_noise"}
+    roles = set(manifest.files) & set(TRANSFORMERS)
     if roles not in ({"transformer"}, {"high_noise", "low_noise"}):
         got = ", ".join(sorted(roles)) or "none"
         raise CheckpointError(f"{where} needs either a transformer, or a high_noise and a low_noise expert; got {got}")

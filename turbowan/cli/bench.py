@@ -30,12 +30,13 @@ def pipeline(
     """From official files to decoded frames: seconds per stage and peak memory."""
     from ..bench.pipeline import run_pipeline
     from ..bench.random_weights import write_random_model
+    from ..checkpoints.manifest import FILE_NAME
     from ..engine import EMBEDDED, choose_device
     from ..request import GenerateRequest
 
     folder = scratch / f"{size}{'-quant' if quantize else ''}"
     where = choose_device(device)
-    if not (folder / "turbowan.toml").exists():
+    if not (folder / FILE_NAME).exists():
         write_random_model(folder, size, EMBEDDED / "tiny" / "tokenizer" / "spiece.model", quantize, where)
     request = GenerateRequest(
         prompt="a red circle moves right on a blue background",

@@ -73,7 +73,7 @@ def generate(
         for text in prompts
     ]  # fmt: skip
     for target in targets:  # all that can be wrong is found before the weights are read
-        check_target(target, num_frames=num_frames or 2)
+        check_target(target, num_frames=num_frames or 2)  # unless one is asked for, there will be several
 
     from ..engine import Engine, Progress
 

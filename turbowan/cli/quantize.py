@@ -19,6 +19,9 @@ def quantize(
     from ..terminal import ProgressLine
 
     line = ProgressLine()
-    report = lambda done, total: line(Progress("quantize", done, total))  # noqa: E731
+
+    def report(done: int, total: int) -> None:
+        line(Progress("quantize", done, total))
+
     quantize_checkpoint(source, target, choose_device(device), report)
     print(target)

@@ -6,8 +6,9 @@ What to expect on the same GPU: the official code's picture, not its bytes. In p
 Bit for bit the same, given equal outputs of the networks: the noise (the same draws in the same order, on the GPU), the
 times, every update of the state (float64, fresh noise weighted in float32), the latent and the time the transformer
 gets (bfloat16), the expert for each step, all sizes (adaptive ones too), the bytes that decoded pixels become. The
-rounding of the time matters most: without it the recorded four-step run ends 10.6 % away from the official one, with
-it 0.3 %.
+picture of image-to-video is resized by PyTorch on bytes, which is what torchvision calls there (not compared with it
+here). The rounding of the time matters most: without it the recorded four-step run ends 10.6 % away from the official
+one, with it 0.3 %.
 
 The same up to rounding: the transformer. Against recorded runs of the official code on an H200 (small random weights)
 one evaluation is off by 0.5 % with a bf16 file and 0.8 % with an int8 one, the latent after four steps by 0.3 %
@@ -17,8 +18,7 @@ for SageSLA on Hopper, blocks of 64 x 128 tokens (others are 4.6 % away). What i
 
 - an int8 product is rounded once, after its bias; there before it too;
 - with `--num_samples` above 1, int8 blocks of the activations end with their sample; there they reach into the next;
-- among equal block scores the lowest index is kept; there the GPU's top-k decides;
-- the picture of image-to-video is resized by Pillow, there by PyTorch: up to 1.2 % of its bytes differ, by one.
+- among equal block scores the lowest index is kept; there the GPU's top-k decides.
 
 Different on purpose: sizes, quantisation and SLA are read from the file, so `--model` and `--quant_linear` need not
 match it; dense attention runs on an SLA file and `--default_norm` on an official one; SLA on a file without it is an

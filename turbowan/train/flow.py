@@ -72,7 +72,6 @@ class FlowConfig:
     preview_guidance: float = 3.0
     preview_shift: float = 3.0
 
-
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise CheckpointError(f"optimizer must be adamw or muon, got '{self.optimizer}'")
@@ -110,22 +109,22 @@ class Pool:
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A batch of latents [B, 16, T, h, w] and token ids [B, text_rows]."""
-        batch = self.config.batch
-        rows = torch.randint(len(self), (batch,), generator=generator)
-        wording = torch.randint(self.config.wordings, (batch,), generator=generator)
+        count = (self.config.batch,)
+        rows = torch.randint(len(self), count, generator=generator)
+        wording = torch.randint(self.config.wordings, count, generator=generator)
         ids = self.ids[rows, wording].long()
-        empty = torch.rand(batch, generator=generator) < self.config.empty_prompts
+        empty = torch.rand(count, generator=generator) < self.config.empty_prompts
         ids[empty] = self.tokenizer([""])[0][:, : self.config.text_rows]
         return self.latents[rows.to(self.device)], ids.to(self.device, non_blocking=True)
 
 
 def draw_times(config: FlowConfig, generator: torch.Generator) -> Tensor:
     """Noise levels of a batch, [B] in 0..1."""
-    batch = config.batch
-    normal = torch.sigmoid(config.time_mean + config.time_std * torch.randn(batch, generator=generator))
-    u = torch.rand(batch, generator=generator)
+    count = (config.batch,)
+    normal = torch.sigmoid(config.time_mean + config.time_std * torch.randn(count, generator=generator))
+    u = torch.rand(count, generator=generator)
     shifted = config.time_shift * u / (1 + (config.time_shift - 1) * u)
-    return torch.where(torch.rand(batch, generator=generator) < config.shifted_share, shifted, normal)
+    return torch.where(torch.rand(count, generator=generator) < config.shifted_share, shifted, normal)
 
 
 class FlowModel(nn.Module):
@@ -172,11 +171,17 @@ def train_flow(
     vocabulary: int,
     device: torch.device,
     max_minutes: float | None = None,
-    compile_blocks: bool | None = None,
 ) -> FlowModel:
     """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
 
-    State and curve are kept in `folder`.
+    Args:
+        folder: keeps state and curve; a run in the same folder goes on from them.
+        vae: encodes the clips. tokenizer, vocabulary: of the captions, and its number of pieces.
+        max_minutes: of this run; the whole stage has `config.minutes` of one GPU.
+
+    Raises:
+        CheckpointError: `folder` cannot be made, or holds another stage's state.
+        MachineError: Muon is asked for and this PyTorch has none.
     """
     torch.manual_seed(config.seed)
     on_gpu = device.type == "cuda"
@@ -187,7 +192,6 @@ def train_flow(
     if on_gpu:
         torch.backends.cudnn.benchmark = True
         compile_eager("channel_norm")
-    if on_gpu if compile_blocks is None else compile_blocks:
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
     optimizers = make_optimizers(model, config, fused=on_gpu)

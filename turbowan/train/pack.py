@@ -13,7 +13,18 @@ from ..errors import CheckpointError
 
 
 def pack_model(out: Path, name: str, flow: Path, vae: Path, tokenizer: Path, quantize: bool = True) -> Path:
-    """Copy VAE, text encoder and tokenizer, quantise the transformer, write the manifest. Returns its path."""
+    """Copy VAE, text encoder and tokenizer, quantise the transformer, write the manifest.
+
+    Args:
+        out: the model's folder. flow: the folder of the flow stage. vae, tokenizer: files.
+        quantize: int8 blocks in the transformer's linear layers.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or the folder cannot be written.
+    """
     files = {
         "transformer": out / "transformer.safetensors",
         "vae": out / "vae.safetensors",

@@ -141,7 +141,13 @@ def loss_terms(vae: WanVAE, clips: Tensor) -> dict[str, Tensor]:
 def train_vae(config: VAEConfig, folder: Path, device: torch.device, max_minutes: float | None = None) -> WanVAE:
     """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
 
-    State and curve are kept in `folder`; a stage that is done only loads its result.
+    Args:
+        folder: keeps state and curve; a run in the same folder goes on from them, one of a stage that is done only
+            loads its result.
+        max_minutes: of this run; the whole stage has `config.minutes` of one GPU.
+
+    Raises:
+        CheckpointError: `folder` cannot be made, or holds another stage's state.
     """
     torch.manual_seed(config.seed)
     vae = WanVAE(config.dim).to(device)
