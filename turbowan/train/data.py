@@ -1,0 +1,59 @@
+"""What the distillation stages train on: batches by step, the same whichever process asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's rows of a step's batch, on its device.
+
+    latents: float32 [B, 16, T, h, w], normalised. text: [B, L, D]; its last row stands for all up to the 512th.
+    condition: [B, 20, T, h, w] for image-to-video, else None.
+    """
+
+    latents: Tensor
+    text: Tensor
+    condition: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+class Source(Protocol):
+    """Where batches come from. `batch` is a pure function of the step, so a resumed run sees what it would have seen."""
+
+    negative: Tensor  # [1, L, D]: the text of the unconditional branch
+
+    def batch(self, step: int, rows: range) -> Batch:
+        """The given rows of the step's global batch."""
+        ...
+
+
+class Draws:
+    """Random numbers of one step: each row of the global batch has its own stream, whichever process holds it.
+
+    Args:
+        seed, step: of the run.
+        rows: which rows of the global batch are drawn for.
+        device: where; the numbers are those of the device's own generator.
+    """
+
+    def __init__(self, seed: int, step: int, rows: range, device: torch.device) -> None:
+        self.device = device
+        self._streams = [
+            torch.Generator(device).manual_seed(((seed * 1_000_003 + step) * 65_537 + row) % 2**63) for row in rows
+        ]
+
+    def normal(self, *shape: int) -> Tensor:
+        """float32 [B, *shape], standard normal."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._streams])
+
+    def uniform(self) -> Tensor:
+        """float32 [B] in 0..1."""
+        return torch.stack([torch.rand((), generator=g, device=self.device) for g in self._streams])
