@@ -122,10 +122,7 @@ class Run:
         vae = self._part("vae", load_vae)
         with self.clock.stage("condition"):
             first = to_tensor(image, settings.height, settings.width).to(self.device)
-            latent = vae.encode_first_frame(first, settings.num_frames)
-            mask = torch.zeros_like(latent[:, :4])
-            mask[:, :, 0] = 1
-            known = torch.cat([mask, latent], dim=1).expand(n, -1, -1, -1, -1)
+            known = image_condition(vae.encode_first_frame(first, settings.num_frames)).expand(n, -1, -1, -1, -1)
         self._done("vae")
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
@@ -213,6 +210,13 @@ class Run:
                 videos += list(torch.cat(chunks, dim=2).permute(0, 2, 3, 4, 1).contiguous().numpy())
         self._done("vae")
         return videos
+
+
+def image_condition(latent: Tensor) -> Tensor:
+    """A first frame's latent [B, 16, T, h, w] with 4 mask channels before it, 1 in that frame: [B, 20, T, h, w]."""
+    mask = torch.zeros_like(latent[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent], dim=1)
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import turbowan
 from turbowan.train import loop
@@ -36,3 +41,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def tiny() -> Path:
     """The embedded model's folder."""
     return Path(turbowan.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script as two processes under torchrun, which starts both again so often; returns how that ended."""
+
+    def run(script: Path, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        root = str(Path(turbowan.__file__).parent.parent)
+        return subprocess.run(
+            [*launcher, "--max-restarts", str(restarts), str(script), *arguments],
+            capture_output=True, text=True, check=False, timeout=240,
+            env={"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def small_run() -> SimpleNamespace:
+    """The names of `small_run.py`, and its path as `script`."""
+    script = Path(__file__).with_name("small_run.py")
+    torch.set_num_threads(1)
+    return SimpleNamespace(**runpy.run_path(str(script)), script=script)

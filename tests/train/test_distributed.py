@@ -1,16 +1,17 @@
-"""Two processes under torchrun: their gradients become the mean, their clock rank 0's."""
+"""Two processes under torchrun: they agree with each other and, sharded, with one process, whichever starts or ends."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
+import torch
 
-import turbowan
+from turbowan.train import checkpoint, curve
 
 SCRIPT = """
 import torch
+from turbowan.errors import MachineError
 from turbowan.train import distributed
+from turbowan.train.trainer import mend_and_clip
 device = distributed.join(torch.device("cpu"))
 rank = distributed.rank()
 parameters = [torch.zeros(size, requires_grad=True) for size in ((3, 5), (2,), (1,))]
@@ -21,18 +22,73 @@ assert distributed.world_size() == 2
 assert [float(p.grad.flatten()[0]) for p in parameters[:2]] == [0.5, 10.5], [p.grad for p in parameters]
 assert parameters[2].grad is None
 assert distributed.from_rank_0(3.25 + rank, device) == 3.25
+assert distributed.average(torch.tensor([1.0 + rank, 4.0])).tolist() == [1.5, 4.0]
+assert distributed.rows_of_rank(12, 3) == range(6 * rank, 6 * rank + 6)
+try:
+    distributed.rows_of_rank(6, 2)
+except MachineError as error:
+    assert "a batch of 6 cannot be split evenly over 2 processes x 2 parts" in str(error)
+else:
+    raise AssertionError("6 rows were split into 4 parts")
+
+layer = torch.nn.Linear(3, 4)
+distributed.shard(layer, device)
+loss = layer(torch.ones(1, 3))[0]
+(loss[0] * float("nan") + loss[1] * float("inf") + 3 * loss[3]).backward()
+norm, nonfinite = mend_and_clip(list(layer.parameters()), 1.0)
+assert (float(norm), float(nonfinite)) == (6.0, 1.0), (norm, nonfinite)
+gradient = distributed.whole(layer.weight.grad)
+assert torch.equal(gradient[:3], torch.zeros(3, 3)) and torch.allclose(gradient[3], torch.tensor(0.5)), gradient
 distributed.leave()
 print(f"rank {rank} agrees\\n", end="", flush=True)  # in one piece: both write to one pipe
 """
 
 
-def test_two_processes_agree(tmp_path):
+def test_two_processes_agree(tmp_path, torchrun):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120,
-        env={"PYTHONPATH": str(Path(turbowan.__file__).parent.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if "agrees" in line) == ["rank 0 agrees", "rank 1 agrees"]
+
+
+def assert_same(ours, theirs, tolerance: float) -> None:
+    """Two runs ended with the same state, and their curves agree line by line."""
+    lines, others = (curve.read(folder / curve.CURVE_FILE) for folder in (ours, theirs))
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        for key in line.keys() - {"step", "seconds"}:
+            assert line[key] == pytest.approx(other[key], rel=tolerance), (line, other)
+    a, b = (checkpoint.read(checkpoint.saved(folder)[-1], "") for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    for kind in ("model", "average", "optimizer"):
+        keys = [key for key in a if key.startswith(f"{kind}.")]
+        assert keys
+        one, two = (torch.cat([state[key].double().flatten() for key in keys]) for state in (a, b))
+        assert float((one - two).norm() / two.norm()) <= tolerance, kind
+    assert a["step"] == b["step"]
+
+
+def test_two_sharded_processes_are_one_whatever_happens(tmp_path, torchrun, small_run, fresh_seed):
+    """12 steps on one process against: two; one gone on by two; two of which one is killed; two gone on by one."""
+    common = ["--log-steps", "2", "--seed", str(fresh_seed % 1000)]
+
+    def run(folder: str, *arguments: str) -> list[str]:
+        return [str(tmp_path / folder), *common, *arguments]
+
+    small_run.main(run("one"))
+    small_run.main(run("one-then-two", "--steps", "4"))
+    done = torchrun(
+        small_run.script,
+        *run("two"), "then",
+        *run("one-then-two", "--activations", "mm_only"), "then",
+        *run("two-then-one", "--steps", "4"), "then",
+        *run("killed", "--activations", "block", "--save-minutes", "1e-6", "--kill-at", "7"),
+        restarts=1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    small_run.main(run("two-then-one", "--accumulate", "2"))
+    for folder in ("two", "one-then-two", "killed", "two-then-one"):
+        assert_same(tmp_path / folder, tmp_path / "one", 1e-4)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,28 +48,49 @@ def convert_checkpoint(source: Path, target: Path, to: str, tokenizer: Path | No
     Raises:
         CheckpointError: unreadable, incomplete, or not representable in that layout. Nothing is written then.
     """
-    if to not in LAYOUTS:
-        raise CheckpointError(f"there is no layout '{to}'; choose one of {', '.join(LAYOUTS)}")
-    in_folder = to == "diffusers" and target.suffix not in SAFETENSORS + PICKLED
-    _check_target(source, target, to, in_folder)
+    check_target(source, target, to)
     _refuse_pipeline(source)
     state, found = read(source)
     _check_representable(source, found, to)
     model = outline(state, found.role, str(source))
     piece = _tokenizer_inside(source, found, to, tokenizer)
     converted = WRITERS[found.role, to](state) | piece
-    if not in_folder:
-        write_tensors(target, converted)
+    return write_layout(target, to, found.role, model, lambda weights: write_tensors(weights, converted))
+
+
+def write_layout(target: Path, to: str, role: str, model: Any, write: Callable[[Path], None]) -> list[Path]:
+    """Write weights where a layout has them: in one file, or in diffusers' folder with a `config.json`.
+
+    Args:
+        target, to, role: as `convert_checkpoint` and `ROLES` have them; `check_target` comes first.
+        model: the module whose sizes the `config.json` tells.
+        write: writes the weights, under the layout's names, to the path it is given.
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: the place cannot be written.
+    """
+    if not _in_folder(target, to):
+        write(target)
         return [target]
-    weights, config = target / WEIGHTS[found.role], target / "config.json"
+    weights, config = target / WEIGHTS[role], target / "config.json"
     with replacing(config) as partial:
-        partial.write_text(json.dumps(CONFIGS[found.role](model), indent=2) + "\n")
-        write_tensors(weights, converted)
+        partial.write_text(json.dumps(CONFIGS[role](model), indent=2) + "\n")
+        write(weights)
     return [weights, config]
 
 
-def _check_target(source: Path, target: Path, to: str, in_folder: bool) -> None:
-    if not in_folder:
+def _in_folder(target: Path, to: str) -> bool:
+    return to == "diffusers" and target.suffix not in SAFETENSORS + PICKLED
+
+
+def check_target(source: Path, target: Path, to: str) -> None:
+    """Raise CheckpointError unless weights made from `source` can be written to `target` in the layout `to`."""
+    if to not in LAYOUTS:
+        raise CheckpointError(f"there is no layout '{to}'; choose one of {', '.join(LAYOUTS)}")
+    if not _in_folder(target, to):
         check_output(source, target)
         if to == "diffusers" and target.suffix in PICKLED:
             raise CheckpointError(f"diffusers reads no '{target.suffix}' files: name a folder or a .safetensors file")

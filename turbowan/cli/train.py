@@ -1,4 +1,4 @@
-"""`turbowan train`: the stages of the embedded model, in order tokenizer, vae, flow, pack."""
+"""`turbowan train`: the embedded model's own stages, in order tokenizer, vae, flow, pack; the rest is in `distil`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train the embedded model, stage by stage; each goes on where its last run stopped.")
+from .distil import add_commands
+
+app = typer.Typer(help="Training: the embedded model's stages, SLA, rCM; each goes on where its last run stopped.")
+
+add_commands(app)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the stage: state, curve, results.")]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop this run after so many minutes; run again to go on.")]
@@ -71,7 +75,10 @@ def flow(
     config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow",
     max_minutes: MaxMinutes = None,
     device: Device = "auto",
-    preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end.")] = 64,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of another flow stage, whose weights to begin from.")
+    ] = None,
+    preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end (text-to-video).")] = 64,
 ) -> None:
     """Transformer and text encoder by flow matching; writes both files and samples.png."""
     import torch
@@ -92,13 +99,14 @@ def flow(
     if report.exists():
         check_gate(json.loads(report.read_text())["shapes"], str(vae))
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
-    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes)
+    init = None if start is None else (start / "transformer.safetensors", start / "text_encoder.safetensors")
+    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes, init)
     writes = distributed.rank() == 0
     distributed.leave()
     if not writes:
         return
     export(model, out)
-    if preview_clips:
+    if preview_clips and not settings.image:
         print(json.dumps(preview(model, settings, encoder, words, preview_clips, where, out / "samples.png")))
 
 

@@ -29,22 +29,53 @@ def read_config(name: str, kind: type[T]) -> T:
     Raises:
         CheckpointError: no such file, not TOML, or keys that the stage does not have.
     """
+    path, values = _read(name)
+    return _fill(kind, values, str(path))
+
+
+def read_tables(name: str, **kinds: type) -> dict[str, Any]:
+    """Read a configuration with a table for each of several dataclasses.
+
+    Args:
+        name: as `read_config`'s.
+        kinds: the dataclass of each table; a table that is missing counts as empty.
+
+    Raises:
+        CheckpointError: as `read_config`'s, or a table that no part of the stage takes.
+    """
+    path, values = _read(name)
+    unknown = sorted(set(values) - set(kinds))
+    if unknown or not all(isinstance(table, dict) for table in values.values()):
+        raise CheckpointError(f"{path} takes the tables {', '.join(kinds)}; got {', '.join(values)}")
+    return {table: _fill(kind, values.get(table, {}), f"{path} [{table}]") for table, kind in kinds.items()}
+
+
+def read_table(name: str, table: str, kind: type[T]) -> T:
+    """One table of such a configuration, whatever else it holds."""
+    path, values = _read(name)
+    return _fill(kind, values.get(table, {}), f"{path} [{table}]")
+
+
+def _read(name: str) -> tuple[Path, dict[str, Any]]:
     shipped = SHIPPED / f"{name}.toml"
     path = shipped if shipped.exists() else Path(name)
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
         raise CheckpointError(f"there is no configuration '{name}'; shipped ones: {known}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
+
+
+def _fill(kind: type[T], values: dict[str, Any], where: str) -> T:
     unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
     if unknown:
-        raise CheckpointError(f"{path} has keys this stage does not know: {', '.join(unknown)}")
+        raise CheckpointError(f"{where} has keys this stage does not know: {', '.join(unknown)}")
     try:
         return kind(**values)
     except (TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def check_positive(config: object, names: Sequence[str]) -> None:

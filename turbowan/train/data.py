@@ -26,9 +26,12 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where batches come from. `batch` is a pure function of the step, so a resumed run sees what it would have seen."""
+    """Where batches come from; what `batch` gives depends on the step alone, so a resumed run misses nothing."""
 
-    negative: Tensor  # [1, L, D]: the text of the unconditional branch
+    @property
+    def negative(self) -> Tensor:
+        """[1, L, D]: the text of the unconditional branch."""
+        ...
 
     def batch(self, step: int, rows: range) -> Batch:
         """The given rows of the step's global batch."""

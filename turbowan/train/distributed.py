@@ -1,4 +1,4 @@
-"""The same training under `torchrun`: one process per GPU, gradients averaged, rank 0 writes."""
+"""The same training under `torchrun`: one process per GPU, weights sharded or gradients averaged, rank 0 writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..errors import MachineError
 
 
 def join(device: torch.device) -> torch.device:
@@ -29,9 +34,70 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def rows_of_rank(batch: int, accumulate: int = 1) -> range:
+    """This process's slice of a global batch, which it goes through in `accumulate` equal parts.
+
+    Raises:
+        MachineError: the batch cannot be split evenly.
+    """
+    if batch % (world_size() * accumulate):
+        raise MachineError(
+            f"a batch of {batch} cannot be split evenly over {world_size()} processes x {accumulate} parts;"
+            " start a number of processes that divides it, or change `batch`"
+        )
+    count = batch // world_size()
+    return range(rank() * count, (rank() + 1) * count)
+
+
+def shard(net: nn.Module, device: torch.device) -> None:
+    """Shard a module's parameters over all processes with FSDP2, in place: each block by itself, the rest together.
+
+    Every process must hold the same weights. On CUDA the blocks are gathered in bfloat16 and gradients reduced in
+    float32; what is around the blocks, and everything on a CPU, stays in the parameters' dtype.
+    In a group of one process the module is left as it is.
+    """
+    if world_size() == 1 or isinstance(net, FSDPModule):
+        return
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = torch.bfloat16 if device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(net):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    around = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(net, mesh=mesh, mp_policy=around)
+
+
+def reshard(net: nn.Module) -> None:
+    """Let a sharded module's parameters be shards again: a forward pass without a backward one leaves some whole."""
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks; none of a module without them."""
+    blocks = getattr(net, "blocks", None)
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, over the same memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full value of a sharded tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
@@ -44,6 +110,14 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat /= world_size()
     parts = flat.split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def average(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
 
 
 def from_rank_0(value: float, device: torch.device) -> float:

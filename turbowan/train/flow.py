@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import load_text_encoder, load_transformer
 from ..checkpoints.files import write_tensors
 from ..checkpoints.official import write_transformer
 from ..checkpoints.wan import write_text_encoder
@@ -28,14 +29,15 @@ from ..ops.registry import compile_eager
 from ..sampling import flow
 from ..world.analyse import analyse_shapes, matches
 from ..world.captions import caption
-from ..world.scenes import draw_scenes, render
+from ..world.scenes import draw_scenes
 from .config import check_positive
 from .distributed import rank
 from .loop import Average, Schedule, Stage, clip_and_step, every
+from .world import Pool, WorldConfig
 
 
-@dataclass(frozen=True)
-class FlowConfig:
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(WorldConfig):
     """One stage. Time in minutes of the whole stage."""
 
     minutes: float
@@ -44,29 +46,19 @@ class FlowConfig:
     layers: int = 6
     text_dim: int = 128
     text_layers: int = 2
-    text_rows: int = 32  # longest caption and one empty row
-    frames: int = 33
-    height: int = 160
-    width: int = 256
-    camera_share: float = 0.15
     batch: int = 256  # per process
     optimizer: str = "adamw"  # or "muon": that for the blocks' matrices, AdamW for all else
     lr: float = 1e-3
     muon_lr: float = 3.0  # of the learning rate
     weight_decay: float = 0.01
     ema: float = 0.999
-    empty_prompts: float = 0.1
     time_mean: float = 0.6  # t = sigmoid(mean + std * normal)
     time_std: float = 1.2
     time_shift: float = 8.0  # t = shift u / (1 + (shift - 1) u), u uniform: most samples at high noise
     shifted_share: float = 0.0  # share of samples whose time is drawn so
+    first_frame_weight: float = 1.0  # of the first latent frame in the loss
     order_bias: bool = False  # start the text encoder with heads that look at neighbouring words
-    text_lr: float = 1.0  # of the learning rate
-    pool_start: int = 8192
-    pool_size: int = 40960
-    refresh_steps: int = 4
-    refresh_clips: int = 64
-    wordings: int = 4  # captions kept per clip
+    text_lr: float = 1.0  # of the learning rate; 0 keeps the text encoder as it is
     seed: int = 0
     preview_steps: int = 30
     preview_guidance: float = 3.0
@@ -76,46 +68,6 @@ class FlowConfig:
         if self.optimizer not in ("adamw", "muon"):
             raise CheckpointError(f"optimizer must be adamw or muon, got '{self.optimizer}'")
         check_positive(self, ("minutes", "batch", "lr", "layers", "pool_start", "pool_size", "refresh_clips"))
-
-
-class Pool:
-    """Latents and tokenised captions on the device, filled and refreshed from fresh scenes."""
-
-    def __init__(self, config: FlowConfig, vae: WanVAE, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
-        self.config, self.vae, self.tokenizer, self.device, self.seed = config, vae, tokenizer, device, seed
-        shape = (16, (config.frames - 1) // 4 + 1, config.height // 8, config.width // 8)
-        self.latents = torch.empty(config.pool_size, *shape, dtype=vae.dtype, device=device)
-        self.ids = torch.zeros(config.pool_size, config.wordings, config.text_rows, dtype=torch.int16)
-        self.made = 0
-
-    def __len__(self) -> int:
-        return min(self.made, self.config.pool_size)
-
-    @torch.no_grad()
-    def add(self, count: int) -> None:
-        """Draw, render and encode `count` clips over the oldest entries."""
-        config = self.config
-        seed = self.seed + self.made
-        scenes = draw_scenes(count, torch.Generator().manual_seed(seed), config.camera_share)
-        video = render(scenes.to(self.device), config.frames, config.height, config.width).to(self.vae.dtype)
-        latents = self.vae.encode_whole(video.contiguous(memory_format=torch.channels_last_3d))
-        rows = torch.arange(self.made, self.made + count) % config.pool_size
-        self.latents[rows.to(self.device)] = latents.to(self.vae.dtype)
-        rng = random.Random(seed)
-        for wording in range(config.wordings):
-            ids, _ = self.tokenizer(caption(scenes, rng))
-            self.ids[rows, wording] = ids[:, : config.text_rows].to(torch.int16)
-        self.made += count
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch of latents [B, 16, T, h, w] and token ids [B, text_rows]."""
-        count = (self.config.batch,)
-        rows = torch.randint(len(self), count, generator=generator)
-        wording = torch.randint(self.config.wordings, count, generator=generator)
-        ids = self.ids[rows, wording].long()
-        empty = torch.rand(count, generator=generator) < self.config.empty_prompts
-        ids[empty] = self.tokenizer([""])[0][:, : self.config.text_rows]
-        return self.latents[rows.to(self.device)], ids.to(self.device, non_blocking=True)
 
 
 def draw_times(config: FlowConfig, generator: torch.Generator) -> Tensor:
@@ -134,7 +86,8 @@ class FlowModel(nn.Module):
         super().__init__()
         width = config.text_dim
         self.text_encoder = TextEncoder(vocabulary, width, config.text_layers, width // 64, 64, 2 * width)
-        self.transformer = WanTransformer(TransformerConfig(config.dim, config.ffn_dim, config.layers, width))
+        in_dim = 36 if config.image else 16
+        self.transformer = WanTransformer(TransformerConfig(config.dim, config.ffn_dim, config.layers, width, in_dim))
         blocks: Any = self.transformer.blocks
         for block in blocks:  # residual branches start idle
             for layer in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
@@ -158,9 +111,30 @@ class FlowModel(nn.Module):
             for distance in range(1, 2 + 3 * depth):
                 bias[distance, ::2] = bias[16 + distance, 1::2] = 6.0 - 0.5 * (distance - 1)
 
-    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+    @torch.no_grad()
+    def start_from(self, transformer: Path, text_encoder: Path) -> None:
+        """Take over finished weights; channels that only this transformer has start without effect.
+
+        Raises:
+            CheckpointError: unreadable, or of other sizes.
+        """
+        parts = {transformer: (load_transformer(transformer), self.transformer)}
+        parts[text_encoder] = (load_text_encoder(text_encoder), self.text_encoder)  # type: ignore[assignment]
+        for path, (source, target) in parts.items():
+            state = dict(source.state_dict())
+            patch = state.get("patch_embedding.weight")
+            if patch is not None:
+                missing = self.transformer.patch_embedding.in_features - patch.shape[1]
+                state["patch_embedding.weight"] = F.pad(patch, (0, max(0, missing)))  # features: channel, row, column
+            try:
+                target.load_state_dict(state)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:160]
+                raise CheckpointError(f"{path} does not fit the configuration's sizes ({reason})") from error
+
+    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor, condition: Tensor | None = None) -> Tensor:
         text = self.text_encoder(ids, (ids != 0).long())
-        return self.transformer(latent, timestep, text, text_rows=TEXT_LENGTH)
+        return self.transformer(latent, timestep, text, condition, text_rows=TEXT_LENGTH)
 
 
 def train_flow(
@@ -171,6 +145,7 @@ def train_flow(
     vocabulary: int,
     device: torch.device,
     max_minutes: float | None = None,
+    init: tuple[Path, Path] | None = None,
 ) -> FlowModel:
     """Train for the stage's minutes, or this run's share of them; returns the averaged weights.
 
@@ -178,9 +153,10 @@ def train_flow(
         folder: keeps state and curve; a run in the same folder goes on from them.
         vae: encodes the clips. tokenizer, vocabulary: of the captions, and its number of pieces.
         max_minutes: of this run; the whole stage has `config.minutes` of one GPU.
+        init: files of a transformer and a text encoder to start from.
 
     Raises:
-        CheckpointError: `folder` cannot be made, or holds another stage's state.
+        CheckpointError: `folder` cannot be made, or holds another stage's state, or `init` does not fit.
         MachineError: Muon is asked for and this PyTorch has none.
     """
     torch.manual_seed(config.seed)
@@ -188,6 +164,10 @@ def train_flow(
     model = FlowModel(config, vocabulary)
     if config.order_bias:
         model.start_with_word_order()
+    if init is not None:
+        model.start_from(*init)
+    if config.text_lr == 0:
+        model.text_encoder.requires_grad_(False)
     model.to(device)
     if on_gpu:
         torch.backends.cudnn.benchmark = True
@@ -195,10 +175,11 @@ def train_flow(
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
     optimizers = make_optimizers(model, config, fused=on_gpu)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     average = Average(model, config.ema)
     parts = {"model": model, "average": average, **optimizers}
     stage = Stage(folder, config.minutes, max_minutes, parts, device)
+    begun = stage.step
     torch.manual_seed(config.seed + 7919 * stage.step + rank())
     schedule = Schedule(config.lr)
     pool_seed = config.seed * 1_000_003 + 131_071 * stage.step + 10_000_019 * rank()
@@ -206,20 +187,18 @@ def train_flow(
     log_due, save_due = every(10), every(150)
     losses = torch.zeros(3, device=device)  # sum, count, gradient norm
     while stage.running:
-        if len(pool) == 0:
-            for _ in range(config.pool_start // config.refresh_clips):
-                pool.add(config.refresh_clips)
-        elif stage.step % config.refresh_steps == 0:
-            pool.add(config.refresh_clips)
+        pool.at_step(stage.step - begun)
         generator = torch.Generator().manual_seed(config.seed * 7_368_787 + stage.step + 30_000_023 * rank())
-        latent, ids = pool.draw(generator)
-        latent = latent.float()
+        latent, ids, condition = pool.rows(*torch.rand(3, config.batch, generator=generator))
         t = draw_times(config, generator).to(device)
         noise = torch.randn(latent.shape, device=device)
         weight = t.view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            velocity = model((1 - weight) * latent + weight * noise, 1000 * t, ids)
-        loss = F.mse_loss(velocity, noise - latent)
+            velocity = model((1 - weight) * latent + weight * noise, 1000 * t, ids, condition)
+        error = (velocity - (noise - latent)).square()
+        loss = error.mean()
+        if config.first_frame_weight != 1:
+            loss = loss + (config.first_frame_weight - 1) * error[:, :, 0].mean() / error.shape[2]
         loss.backward()
         norm = clip_and_step(list(optimizers.values()), parameters, schedule.at(stage.progress), 1.0)
         average.update(stage.step)
@@ -244,6 +223,7 @@ def make_optimizers(model: FlowModel, config: FlowConfig, fused: bool) -> dict[s
         {"params": [p for p in part.parameters() if (p.ndim == 2) == decayed and id(p) not in taken], "scale": scale,
          "weight_decay": config.weight_decay if decayed else 0.0}
         for part, scale in ((model.transformer, 1.0), (model.text_encoder, config.text_lr))
+        if scale
         for decayed in (True, False)
     ]  # fmt: skip
     optimizers: dict[str, torch.optim.Optimizer] = {

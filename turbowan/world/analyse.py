@@ -26,7 +26,10 @@ TURNED = 0.06  # share of a resting shape's mask that must change in that time w
 
 @dataclass
 class Findings:
-    """Per clip: indices into SHAPES, COLOURS, MOTIONS, TEXTURES, or CAMERAS; `visible` says a shape was found."""
+    """Per clip: indices into SHAPES, COLOURS, MOTIONS, TEXTURES, or CAMERAS; `visible` says a shape was found.
+
+    mask: where it is, float [B, T, H, W], 1 inside and 0 outside.
+    """
 
     visible: Tensor
     shape: Tensor
@@ -34,6 +37,7 @@ class Findings:
     motion: Tensor
     background: Tensor
     texture: Tensor
+    mask: Tensor
 
 
 def analyse_shapes(video: Tensor) -> Findings:
@@ -60,6 +64,7 @@ def analyse_shapes(video: Tensor) -> Findings:
         motion=_motion(mask, area, x, y),
         background=torch.cdist(background, colours).argmin(dim=1),
         texture=texture,
+        mask=mask,
     )
 
 
@@ -193,7 +198,22 @@ def _background(pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def analyse_camera(video: Tensor) -> Tensor:
     """Which way the camera moves in clips without a moving thing: [B] indices into CAMERAS.
 
-    Solves for one shift and one scale per clip that explain the change from frame to frame (Lucas and Kanade 1981).
+    Args:
+        video: [B, 3, T, H, W] in -1..1.
+    """
+    flow = camera_flow(video)
+    strongest = flow.abs().argmax(dim=1)
+    positive = flow.gather(1, strongest[:, None]).squeeze(1) > 0
+    names = (("pan right", "pan left"), ("pan down", "pan up"), ("zoom out", "zoom in"))  # content right: camera left
+    table = torch.tensor([[CAMERAS.index(n) for n in pair] for pair in names], device=video.device)
+    return table[strongest, positive.long()]
+
+
+def camera_flow(video: Tensor) -> Tensor:
+    """How the picture moves from frame to frame, on average over the clip: [B, 3] to the right, down, and outward.
+
+    Solves for one shift and one scale per clip that explain the change from frame to frame (Lucas and Kanade 1981);
+    what flickers without moving hardly counts. Outward is what the scale moves a pixel 0.7 heights from the middle.
 
     Args:
         video: [B, 3, T, H, W] in -1..1.
@@ -210,13 +230,8 @@ def analyse_camera(video: Tensor) -> Tensor:
     terms = torch.stack([slope_x, slope_y, outward], dim=-1).reshape(batch, -1, 3)
     later = (grey[:, 1:] - grey[:, :-1]).reshape(batch, -1, 1)
     normal = terms.mT @ terms + 1e-6 * torch.eye(3, device=video.device)
-    flow = torch.linalg.solve(normal, -(terms.mT @ later)).squeeze(-1)  # content's motion per frame: x, y, scale
-    size = flow * torch.tensor([1.0, 1.0, 0.7], device=video.device)
-    strongest = size.abs().argmax(dim=1)
-    positive = size.gather(1, strongest[:, None]).squeeze(1) > 0
-    names = (("pan right", "pan left"), ("pan down", "pan up"), ("zoom out", "zoom in"))  # content right: camera left
-    table = torch.tensor([[CAMERAS.index(n) for n in pair] for pair in names], device=video.device)
-    return table[strongest, positive.long()]
+    flow = torch.linalg.solve(normal, -(terms.mT @ later)).squeeze(-1)
+    return flow * torch.tensor([1.0, 1.0, 0.7], device=video.device)
 
 
 def matches(found: Findings, scenes: Scenes) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from torch import Tensor
+
 from .scenes import CAMERA_TEXTURES, CAMERAS, COLOURS, MOTIONS, SHAPES, TEXTURES, Scenes
 
 _COLOUR_NAMES = tuple(COLOURS)
@@ -100,11 +102,25 @@ def caption(scenes: Scenes, rng: random.Random) -> list[str]:
     captions = []
     for i in range(len(scenes)):
         text = (_camera_caption if scenes.is_camera[i] else _shape_caption)(scenes, i, rng)
-        if rng.random() < 0.3:
-            text = text[0].upper() + text[1:]
-        if rng.random() < 0.2:
-            text += "."
+        text = _styled(text, rng)
         if rng.random() < 0.15:
             text = text.replace("grey", "gray")
         captions.append(text)
+    return captions
+
+
+def _styled(text: str, rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        text = text[0].upper() + text[1:]
+    return text + "." if rng.random() < 0.2 else text
+
+
+def camera_captions(camera: Tensor, rng: random.Random) -> list[str]:
+    """One caption per index into CAMERAS that says how the camera moves and nothing of what it sees."""
+    captions = []
+    for index in camera.tolist():
+        motion = rng.choice(_CAMERA_WORDS[CAMERAS[index]])
+        text = rng.choice(("the camera {}", "the camera {}", "{}", "camera {}", "a video in which the camera {}"))
+        text = text.format(motion) + rng.choice(("", "", "", " slowly", " over the picture", " over the scene"))
+        captions.append(_styled(text, rng))
     return captions

@@ -1,0 +1,191 @@
+"""rCM distillation: a many-step teacher becomes a student of one to four steps.
+
+Two losses on the student: the continuous-time consistency loss, whose target is the tangent of the student along the
+teacher's trajectory, and score distillation (DMD), which compares the teacher's and a critic's denoising of what the
+student makes. The critic, a copy of the teacher, learns the student's own distribution in the steps between.
+
+Source: Zheng et al., "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency" (2025),
+with the settings of NVlabs/rcm and TurboDiffusion. Simplified: the whole tangent comes from PyTorch's forward-mode AD
+instead of layer-wise pairs (attention by its plain formula there); latents are taken as they are, not decoded and
+encoded again; the discrete form (dCM) and finite differences are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..sampling import rcm
+from .config import check_positive
+from .data import Batch, Draws
+from .trigflow import add_noise, angle, clean, column, predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCMConfig:
+    """The losses. Times by rectified flow are t in 0..1."""
+
+    guidance_scale: float = 5.0  # folded into the teacher
+    student_every: int = 5  # one student step, then the critic's
+    tangent_warmup: int = 0  # steps, all of the student's, over which the tangent is brought in; no critic before
+    consistency_weight: float = 100.0
+    score_weight: float = 1.0
+    consistency_mean: float = 0.7  # sigma = exp(mean + std * normal)
+    consistency_std: float = 1.6
+    score_shift: float = 5.0  # t = shift u / (1 + (shift - 1) u), u uniform
+    simulation_steps: int = 4  # the student's samples take 1 to so many
+    simulation_times: str = "drawn"  # times between: "drawn" as the score's, or "sampler", those of the rcm sampler
+    sigma_max: float = 80.0  # where "sampler" starts; "drawn" starts at pure noise
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("student_every", "simulation_steps", "consistency_std", "score_shift", "sigma_max"))
+
+
+class RCM:
+    """The method for the trainer.
+
+    Args:
+        student, teacher, critic: equal weights at the start. negative: [1, L, D], the unconditional text.
+    """
+
+    def __init__(
+        self, config: RCMConfig, student: nn.Module, teacher: nn.Module, critic: nn.Module, negative: Tensor
+    ) -> None:
+        self.config, self.negative = config, negative
+        self.student, self.teacher, self.critic = student, teacher, critic
+        self.trained: dict[str, nn.Module] = {"student": student}
+        if config.score_weight:
+            self.trained["critic"] = critic
+        self.frozen: dict[str, nn.Module] = {"teacher": teacher}
+
+    def trains(self, step: int) -> str:
+        after = step - self.config.tangent_warmup
+        student = "critic" not in self.trained or after < 0 or after % self.config.student_every == 0
+        return "student" if student else "critic"
+
+    def losses(self, batch: Batch, step: int, draws: Draws) -> dict[str, Tensor]:
+        """Means over rows of the losses, each summed over a row's elements."""
+        round_number = max(0, step - self.config.tangent_warmup) // self.config.student_every
+        if self.trains(step) == "critic":
+            steps = (round_number + step) % self.config.simulation_steps + 1
+            return {"critic": self._critic_loss(batch, steps, draws)}
+        losses = {}
+        if self.config.consistency_weight:
+            losses["consistency"] = self.config.consistency_weight * self._consistency_loss(batch, step, draws)
+        if "critic" in self.trained and step >= self.config.tangent_warmup:
+            steps = round_number % self.config.simulation_steps + 1
+            losses["score"] = self.config.score_weight * self._score_loss(batch, steps, draws)
+        return losses
+
+    @torch.no_grad()
+    def _guided(self, x: Tensor, tau: Tensor, batch: Batch) -> Tensor:
+        """The teacher's F with guidance."""
+        wanted = predict(self.teacher, x, tau, batch)
+        if self.config.guidance_scale == 1:
+            return wanted
+        unwanted = predict(self.teacher, x, tau, batch, self.negative)
+        return unwanted + self.config.guidance_scale * (wanted - unwanted)
+
+    def _consistency_loss(self, batch: Batch, step: int, draws: Draws) -> Tensor:
+        config = self.config
+        normal = draws.normal().double()
+        tau = (config.consistency_mean + config.consistency_std * normal).exp().atan()
+        x = add_noise(batch.latents, draws.normal(*batch.latents.shape[1:]), tau)
+        target = self._guided(x, tau, batch)
+        warmth = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
+        rate = tau.cos() * tau.sin()
+        tangent = student_tangent(self.student, x, tau, batch, column(rate) * target, rate)
+        prediction = predict(self.student, x, tau, batch)
+        goal = consistency_direction(x, tau, prediction.detach(), target, tangent, warmth)
+        error = (prediction - prediction.detach() - goal).square().flatten(1).sum(dim=1)
+        return _mean_of_finite(error)
+
+    def _simulate(self, batch: Batch, steps: int, draws: Draws, gradient: bool) -> Tensor:
+        """What the student makes of noise in so many steps; a gradient, if wanted, through the last one only."""
+        shape = batch.latents.shape[1:]
+        tau, x = self._start(draws), draws.normal(*shape).double()
+        middle = self._middle_times(steps - 1, draws)
+        if self.config.simulation_times == "sampler":
+            x = x * column(tau.sin())
+        for i in range(steps):
+            with torch.set_grad_enabled(gradient and i == steps - 1):
+                x0 = clean(x, tau, predict(self.student, x, tau, batch))
+            if i < steps - 1:
+                tau = middle[i]
+                x = add_noise(x0, draws.normal(*shape), tau)
+        return x0
+
+    def _start(self, draws: Draws) -> Tensor:
+        first = math.atan(self.config.sigma_max) if self.config.simulation_times == "sampler" else math.pi / 2
+        return torch.full_like(draws.uniform(), first, dtype=torch.float64)
+
+    def _middle_times(self, count: int, draws: Draws) -> list[Tensor]:
+        """Falling times [B] between the first and 0."""
+        if self.config.simulation_times == "sampler":
+            t = rcm.timesteps(count + 1, self.config.sigma_max)[1:-1]
+            return [angle(value.to(draws.device)).expand_as(draws.uniform()) for value in t]
+        drawn = [self._score_time(draws) for _ in range(count)]
+        return list(torch.stack(drawn).sort(dim=0, descending=True).values) if drawn else []
+
+    def _score_time(self, draws: Draws) -> Tensor:
+        u = draws.uniform().double()
+        return angle(self.config.score_shift * u / (1 + (self.config.score_shift - 1) * u))
+
+    def _score_loss(self, batch: Batch, steps: int, draws: Draws) -> Tensor:
+        made = self._simulate(batch, steps, draws, gradient=True)
+        with torch.no_grad():
+            tau = self._score_time(draws)
+            x = add_noise(made, draws.normal(*made.shape[1:]), tau)
+            critic = clean(x, tau, predict(self.critic, x, tau, batch))
+            teacher = clean(x, tau, self._guided(x, tau, batch))
+            weight = (made - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
+            goal = made - (critic - teacher) / weight
+        return _mean_of_finite((made - goal).square().flatten(1).sum(dim=1))
+
+    def _critic_loss(self, batch: Batch, steps: int, draws: Draws) -> Tensor:
+        with torch.no_grad():
+            made = self._simulate(batch, steps, draws, gradient=False)
+        tau = self._score_time(draws)
+        x = add_noise(made, draws.normal(*made.shape[1:]), tau)
+        error = clean(x, tau, predict(self.critic, x, tau, batch)) - made
+        return _mean_of_finite((error / column(tau.sin())).square().flatten(1).sum(dim=1))
+
+
+@torch.no_grad()
+def student_tangent(net: nn.Module, x: Tensor, tau: Tensor, batch: Batch, dx: Tensor, dtau: Tensor) -> Tensor:
+    """The change of the network's F along (dx, dtau), by forward-mode AD: float64 [B, 16, T, h, w].
+
+    Args:
+        x, dx: [B, 16, T, h, w]. tau, dtau: [B], float64.
+    """
+    with torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+        moving = predict(net, forward_ad.make_dual(x, dx), forward_ad.make_dual(tau, dtau), batch)
+        tangent = forward_ad.unpack_dual(moving).tangent
+    assert tangent is not None
+    return tangent
+
+
+def consistency_direction(
+    x: Tensor, tau: Tensor, prediction: Tensor, target: Tensor, tangent: Tensor, warmth: float = 1.0
+) -> Tensor:
+    """Where the consistency loss moves F: the normalised tangent of the student's clean latent, float64.
+
+    Args:
+        x: x_tau. prediction, target: F of student and teacher. tangent: d F along the teacher's trajectory times
+            cos sin. warmth: r in 0..1. A row that is not finite gets 0.
+    """
+    cos, sin = column(tau.cos()), column(tau.sin())
+    g = -cos * (1 - warmth**2 * sin.square()).clamp(min=0).sqrt() * (prediction - target)
+    g = g - (warmth * cos * sin * x + tangent)
+    g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
+    finite = g.flatten(1).isfinite().all(dim=1)
+    return torch.where(column(finite), g, 0.0)
+
+
+def _mean_of_finite(rows: Tensor) -> Tensor:
+    """Mean over rows, a row that is not finite counting 0."""
+    return torch.where(rows.isfinite(), rows, 0.0).mean()

@@ -1,0 +1,95 @@
+"""SLA fine-tuning: a network learns to predict with sparse-linear attention what it predicts with dense attention.
+
+White-box form: the same weights, `proj_l` from zero, all of them trained; the loss is the mean squared difference of
+the two predictions on noised samples. Source: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via
+Fine-Tunable Sparse-Linear Attention" (2025), as TurboDiffusion trains it. Simplified: latents are taken as they are,
+not decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.transformer import AttentionConfig, WanTransformer
+from ..sampling import rcm
+from .config import check_positive
+from .data import Batch, Draws
+from .trigflow import column, velocity
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig:
+    """What is aligned, and at which noise."""
+
+    top_k: float = 0.1
+    blocks: tuple[tuple[int, int], ...] = ((64, 64),)  # (block_q, block_k), taken in turn from step to step
+    time_mean: float = 1.5  # sigma = exp(mean + std * normal), t = sigma / (1 + sigma)
+    time_std: float = 1.6
+    sampler_share: float = 0.0  # share of rows at the times of the rcm sampler instead, for few-step teachers
+    sampler_steps: int = 4
+    sigma_max: float = 80.0
+    noise_range: tuple[float, float] = (0.0, 1.0)  # an expert draws its times from its own
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("top_k", "time_std", "sampler_steps", "sigma_max"))
+        low, high = self.noise_range
+        if not 0 <= low < high <= 1:
+            raise CheckpointError(f"noise_range must rise within 0..1, got {low} to {high}")
+        if not self.blocks or any(len(pair) != 2 or min(pair) < 1 for pair in self.blocks):
+            raise CheckpointError(f"blocks must be pairs of positive numbers, got {self.blocks}")
+
+
+class SLA:
+    """The method for the trainer.
+
+    Args:
+        student: with `proj_l`, all else equal to the teacher's at the start (`with_sla` makes it). teacher: dense.
+    """
+
+    def __init__(self, config: SLAConfig, student: WanTransformer, teacher: nn.Module) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
+        self.trained: dict[str, nn.Module] = {"student": student}
+        self.frozen: dict[str, nn.Module] = {"teacher": teacher}
+
+    def trains(self, step: int) -> str:
+        return "student"
+
+    def losses(self, batch: Batch, step: int, draws: Draws) -> dict[str, Tensor]:
+        """Mean squared difference of the predicted velocities, over all elements."""
+        t = self._times(draws)
+        noise = draws.normal(*batch.latents.shape[1:])
+        x = (1 - column(t)) * batch.latents + column(t) * noise
+        with torch.no_grad():
+            target = velocity(self.teacher, x, t, batch)
+        block_q, block_k = self.config.blocks[step % len(self.config.blocks)]
+        self.student.attention = AttentionConfig("sla", self.config.top_k, block_q, block_k)
+        return {"alignment": F.mse_loss(velocity(self.student, x, t, batch), target)}
+
+    def _times(self, draws: Draws) -> Tensor:
+        config = self.config
+        low, high = config.noise_range
+        t = torch.sigmoid(config.time_mean + config.time_std * draws.normal())
+        if (low, high) != (0.0, 1.0):  # the same shape of distribution, within the range
+            t = low + (high - low) * t
+        grid = rcm.timesteps(config.sampler_steps, config.sigma_max)[:-1].float().to(t.device)
+        grid = grid[(grid >= low) & (grid <= high)]
+        pick, share = draws.uniform(), draws.uniform()
+        if len(grid) == 0:
+            return t
+        return torch.where(share < config.sampler_share, grid[(pick * len(grid)).long()], t)
+
+
+def with_sla(net: WanTransformer) -> WanTransformer:
+    """The same network with SLA in every self-attention, `proj_l` zero where it has none yet."""
+    student = WanTransformer(replace(net.config, has_sla=True), norms=net.norms)
+    state = dict(net.state_dict())
+    for name, parameter in student.named_parameters():
+        if ".proj_l." in name and name not in state:
+            state[name] = torch.zeros_like(parameter)
+    student.load_state_dict(state)
+    return student.to(net.patch_embedding.bias.device)
