@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -201,3 +202,39 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lo
         monkeypatch.delenv(name, raising=False)
     yield hub
     hub.close()
+
+
+@pytest.fixture(scope="session")
+def small_t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with the embedded weights: 5 frames of 64x48 in 2 guided steps of UniPC, dense attention."""
+    from turbowan.checkpoints.manifest import read_manifest, write_manifest
+    from turbowan.engine import EMBEDDED
+
+    folder = tmp_path_factory.mktemp("small-t2v")
+    manifest = read_manifest(EMBEDDED / "tiny")
+    how = {"sampler": "unipc", "num_steps": 2, "guidance_scale": 2.0, "attention": "original", "distilled": False}
+    write_manifest(replace(manifest, name="small-t2v", width=64, height=48, num_frames=5, **how), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image-to-video folder of the same size: two experts of random weights with SLA, 3 steps of rcm."""
+    from turbowan.checkpoints.files import write_tensors
+    from turbowan.checkpoints.manifest import read_manifest, write_manifest
+    from turbowan.checkpoints.official import write_transformer
+    from turbowan.engine import EMBEDDED
+    from turbowan.models.transformer import TransformerConfig, WanTransformer
+
+    folder = tmp_path_factory.mktemp("small-i2v")
+    manifest = read_manifest(EMBEDDED / "tiny")
+    files = {role: path for role, path in manifest.files.items() if role != "transformer"}
+    for role in ("high_noise", "low_noise"):
+        net = WanTransformer(TransformerConfig(256, 512, 2, text_dim=128, in_dim=36, has_sla=True))
+        files[role] = folder / f"{role}.safetensors"
+        write_tensors(files[role], write_transformer(net.state_dict()))
+    how = {"sampler": "rcm", "num_steps": 3, "guidance_scale": 1.0, "attention": "sla", "sla_topk": 0.5}
+    size = {"width": 64, "height": 48, "num_frames": 5}
+    small = replace(manifest, name="small-i2v", family="wan2.2-i2v", files=files, distilled=True, **how, **size)
+    write_manifest(small, folder)
+    return folder

@@ -9,9 +9,8 @@ two="-m torch.distributed.run --standalone --nproc-per-node 2 $train"
 mkdir -p "$out"
 CUDA_VISIBLE_DEVICES=${ONE:-0} python3 $train --out "$out/one" > "$out/one.log" 2>&1
 python3 $two --out "$out/two" > "$out/two.log" 2>&1
-setsid python3 $two --out "$out/killed" > "$out/killed.log" 2>&1 &
-group=$!
-until [ -d "$out/killed/step-00000025" ] || ! kill -0 $group 2> /dev/null; do sleep 0.2; done
-kill -KILL -- -$group || true
-pkill -KILL -f "train rcm.*$out/killed" || true
+python3 $two --out "$out/killed" > "$out/killed.log" 2>&1 &
+until [ -d "$out/killed/step-00000025" ] || ! kill -0 $! 2> /dev/null; do sleep 0.1; done
+pkill -KILL -f "rcm.*--out $out/killed" || true
+wait
 python3 $two --out "$out/killed" >> "$out/killed.log" 2>&1

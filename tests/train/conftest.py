@@ -45,14 +45,13 @@ def tiny() -> Path:
 
 @pytest.fixture
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a script as two processes under torchrun, which starts both again so often; returns how that ended."""
+    """Runs a script as two processes under torchrun, with the arguments given; returns how that ended."""
 
-    def run(script: Path, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         root = str(Path(turbowan.__file__).parent.parent)
         return subprocess.run(
-            [*launcher, "--max-restarts", str(restarts), str(script), *arguments],
-            capture_output=True, text=True, check=False, timeout=240,
+            [*launcher, str(script), *arguments], capture_output=True, text=True, check=False, timeout=240,
             env={"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
 

@@ -65,7 +65,7 @@ class Small:
                 dual = self.student(forward_ad.make_dual(x, noise), forward_ad.make_dual(t, t), batch.text)
                 tangent = forward_ad.unpack_dual(dual).tangent
             tangent = tangent / (1 + tangent.flatten(1).norm(dim=1).view_as(weight))
-        if step == self.kill_at and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and distributed.rank() == 1:
+        if step == self.kill_at and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         out = self.student(x, t, batch.text)
         twice = self.student(x - out, 0.5 * t, batch.text)
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> trainer.Outcome:
     parser.add_argument("--log-steps", type=int, default=1)
     parser.add_argument("--save-minutes", type=float, default=60.0)
     parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--kill-at", type=int, default=-1, help="a step in which torchrun's first process 1 dies")
+    parser.add_argument("--kill-at", type=int, default=-1, help="a step in which process 1 kills itself")
     given = parser.parse_args(arguments)
     config = trainer.TrainerConfig(
         steps=given.steps, batch=given.batch, accumulate=given.accumulate, lr={"student": 3e-3, "critic": 1e-3},

@@ -21,7 +21,7 @@ Data = Annotated[
 ]
 Negative = Annotated[Path | None, typer.Option(help="Embedding of the negative prompt, for shards (.pt).")]
 Model = Annotated[str, typer.Option(help="Whose VAE, text encoder and tokenizer make the procedural world.")]
-Start = Annotated[Path | None, typer.Option(help="A transformer to begin from instead of the teacher's weights.")]
+Init = Annotated[Path | None, typer.Option(help="A transformer to begin from instead of the teacher's weights.")]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop this run after so many minutes; run again to go on.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Config = Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")]
@@ -34,29 +34,29 @@ def add_commands(app: typer.Typer) -> None:
 
 def sla(
     out: Out, teacher: Teacher, config: Config = "tiny-sla", data: Data = None, negative: Negative = None,
-    model: Model = "tiny-base", start: Start = None, max_minutes: MaxMinutes = None, device: Device = "auto",
+    model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Sparse-linear attention: align a transformer with SLA to the dense one it was; writes transformer.safetensors."""
     from ..train.distil import train_sla
     from ..train.sla import SLAConfig
 
-    _run(train_sla, "sla", SLAConfig, out, teacher, config, data, negative, model, start, max_minutes, device)
+    _run(train_sla, "sla", SLAConfig, out, teacher, config, data, negative, model, init, max_minutes, device)
 
 
 def rcm(
     out: Out, teacher: Teacher, config: Config = "tiny-rcm", data: Data = None, negative: Negative = None,
-    model: Model = "tiny-base", start: Start = None, max_minutes: MaxMinutes = None, device: Device = "auto",
+    model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None, device: Device = "auto",
 ) -> None:  # fmt: skip
     """rCM distillation: a many-step teacher becomes a student of 1 to 4 steps; writes transformer.safetensors."""
     from ..train.distil import train_rcm
     from ..train.rcm import RCMConfig
 
-    _run(train_rcm, "rcm", RCMConfig, out, teacher, config, data, negative, model, start, max_minutes, device)
+    _run(train_rcm, "rcm", RCMConfig, out, teacher, config, data, negative, model, init, max_minutes, device)
 
 
 def _run(
     train: Any, table: str, kind: type, out: Path, teacher: Path, config: str, data: list[str] | None,
-    negative: Path | None, model: str, start: Path | None, max_minutes: float | None, device: str,
+    negative: Path | None, model: str, init: Path | None, max_minutes: float | None, device: str,
 ) -> None:  # fmt: skip
     from ..engine import choose_device
     from ..train import distributed
@@ -76,9 +76,9 @@ def _run(
     else:
         source = _world(settings["world"], model, trainer.seed, where)
     try:
-        result = train(settings[table], trainer, teacher, source, out, where, max_minutes, start)
+        results = train(settings[table], trainer, teacher, source, out, where, max_minutes, init)
         if distributed.rank() == 0:
-            print(result or f"{out}: not done yet; run again to go on")
+            print(*results or [f"{out}: not done yet; run again to go on"], sep="\n")
     finally:
         distributed.leave()
 

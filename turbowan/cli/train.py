@@ -75,9 +75,7 @@ def flow(
     config: Annotated[str, typer.Option(help="A shipped configuration or a TOML file.")] = "tiny-flow",
     max_minutes: MaxMinutes = None,
     device: Device = "auto",
-    start: Annotated[
-        Path | None, typer.Option(help="Folder of another flow stage, whose weights to begin from.")
-    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Folder of another flow stage, to begin from its weights.")] = None,
     preview_clips: Annotated[int, typer.Option(help="Held-out prompts to sample at the end (text-to-video).")] = 64,
 ) -> None:
     """Transformer and text encoder by flow matching; writes both files and samples.png."""
@@ -99,8 +97,8 @@ def flow(
     if report.exists():
         check_gate(json.loads(report.read_text())["shapes"], str(vae))
     encoder = load_vae(vae, where, torch.bfloat16 if where.type == "cuda" else torch.float32)
-    init = None if start is None else (start / "transformer.safetensors", start / "text_encoder.safetensors")
-    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes, init)
+    start = None if init is None else (init / "transformer.safetensors", init / "text_encoder.safetensors")
+    model = train_flow(settings, out, encoder, words, VOCABULARY, where, max_minutes, start)
     writes = distributed.rank() == 0
     distributed.leave()
     if not writes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
@@ -41,11 +41,6 @@ class Case:
     model: str
     request: GenerateRequest
     exact: str
-
-    def in_float32_dense(self) -> Case:
-        """The case that this one's latents are measured against: all else the same."""
-        request = replace(self.request, attention="original", sla_topk=None, precision="float32")
-        return Case(f"{self.name} in float32, dense", self.exact, request, self.exact)
 
 
 def read_case(text: str) -> Case:

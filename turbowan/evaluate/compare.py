@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..clock import Progress
 from ..errors import MachineError, RequestError
-from ..request import GenerateRequest
+from ..settings import Settings
 from ..stages import to_uint8
 from .case import Case
 from .measure import change, mean_distance, pictures_psnr, relative_error
@@ -193,18 +193,18 @@ class _Exact:
         self.players, self.samples = players, samples
         self.texts, self.seeds = [texts[i] for i in samples], [seeds[i] for i in samples]
         self.pictures = None if given.pictures is None else given.pictures[samples]
-        self._known: dict[tuple[str, GenerateRequest], Tensor] = {}
+        self._known: dict[tuple[str, Settings], Tensor] = {}
 
     def errors(self, player: Player, latents: Tensor) -> list[float]:
         """Of these samples of a batch's latents."""
         if not self.samples:
             return []
-        if player.is_exact:
+        exact = self.players.in_float32_dense(player)
+        if exact is player:
             return [0.0] * len(self.samples)
-        case = player.case.in_float32_dense()
-        key = (case.model, case.request)
+        key = (exact.case.model, exact.settings)
         if key not in self._known:
-            self._known[key] = self.players.player(case).latents(self.texts, self.seeds, self.pictures)
+            self._known[key] = exact.latents(self.texts, self.seeds, self.pictures)
         return relative_error(latents[self.samples], self._known[key]).tolist()
 
 

@@ -6,11 +6,13 @@ import math
 from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..world.analyse import camera_flow, psnr
 
 LAG = 0.125  # of a clip, 4 of 32 frames: over so long a time a moving outline sweeps far more than a trembling one
+BLUR = 0.1  # of the frame's height
 
 
 def change(video: Tensor) -> Tensor:
@@ -43,10 +45,17 @@ def outline_travel(mask: Tensor) -> Tensor:
 def camera_travel(video: Tensor) -> Tensor:
     """How far the picture moves over the clip, in heights of the frame: [B], the pan or the zoom, whichever is more.
 
+    Frames are blurred first: fine detail, where a step is longer than a wave, would add up to 30 % to the motion of
+    sharp clips and less to that of soft ones. Measured on rendered clips, 5 to 9 % too much remain in both.
+
     Args:
         video: [B, 3, T, H, W] in -1..1.
     """
-    return camera_flow(video).abs().amax(dim=1) * (video.shape[2] - 1)
+    reach = round(BLUR / 2 * video.shape[3])
+    grey = F.pad(video.float().mean(dim=1), (reach,) * 4, mode="replicate")
+    rows = F.avg_pool2d(grey, (1, 2 * reach + 1), stride=1)
+    soft = F.avg_pool2d(rows, (2 * reach + 1, 1), stride=1)
+    return camera_flow(soft.unsqueeze(1)).abs().amax(dim=1) * (video.shape[2] - 1)
 
 
 def mean_distance(videos: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..checkpoints.load import choose_attention
 from ..engine import Engine
 from ..errors import RequestError
 from ..models.vae import WanVAE
+from ..request import GenerateRequest
 from ..settings import resolve
 from ..stages import DECODE_PIXELS, Condition, Execution, Run, image_condition, to_uint8
 from .case import Case
@@ -40,6 +41,16 @@ class Players:
         if key not in self._engines:
             self._engines[key] = Engine.load(case.model, device=self._device)
         return Player(case, self._engines[key], dtype)
+
+    def in_float32_dense(self, player: Player) -> Player:
+        """The player whose latents another one's are measured against: of the model `exact`, all else the same."""
+        if player.is_exact:
+            return player
+        model = player.case.exact
+        request = GenerateRequest(prompt="-", attention="original", precision="float32")
+        exact = self.player(Case(f"{model} in float32, dense", model, request, model))
+        exact.settings = replace(player.settings, attention="original")
+        return exact
 
 
 class Player:

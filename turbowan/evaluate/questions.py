@@ -160,9 +160,9 @@ class PhotoQuestions:
             raise RequestError(f"{folder} is no folder with pictures ({', '.join(PHOTO_SUFFIXES)})")
         self.photos = [read_image(path) for path in paths]
         self.camera = torch.arange(len(CAMERAS)).repeat(len(paths))
-        names = [path.name for path in paths for _ in CAMERAS]
         self.texts = camera_captions(self.camera, random.Random(seed))
-        self.asked = {"scene_seed": seed, "prompts": len(names)}
+        self.asked = {"scene_seed": seed, "photos": [path.name for path in paths]}
+        names = [path.name for path in paths for _ in CAMERAS]
         self.answers = {"direction": _names(CAMERAS, self.camera), "photo": names}
 
     def give(self, rows: Sequence[int], size: Size, device: torch.device) -> Given:

@@ -106,7 +106,7 @@ def _join_case(name: str, rows: Sequence[int], parts: Sequence[Mapping[str, Any]
                 raise RequestError(f"prompt {row} of case '{name}' is in two reports with other numbers; leave one out")
     lacking = [row for row in rows if row not in found]
     if lacking:
-        raise RequestError(f"case '{name}' lacks {len(lacking)} of {len(rows)} prompts, first {lacking[0]}; give them all")
+        raise RequestError(f"case '{name}' lacks {len(lacking)} of {len(rows)} prompts, first {lacking[0]}; give all")
     keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
     columns = {key: [found[row].get(key) for row in rows] for key in keys}
     return {

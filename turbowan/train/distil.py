@@ -12,6 +12,7 @@ from ..errors import CheckpointError
 from ..models.transformer import AttentionConfig, WanTransformer
 from .data import Source
 from .distributed import rank
+from .experts import NAMES, Experts
 from .export import AVERAGE, export_transformer, load_for_training
 from .rcm import RCM, RCMConfig
 from .sla import SLA, SLAConfig, with_sla
@@ -23,7 +24,7 @@ RESULT = "transformer.safetensors"
 def train_sla(
     config: SLAConfig, trainer: TrainerConfig, teacher: Path, source: Source, folder: Path, device: torch.device,
     max_minutes: float | None = None, start: Path | None = None,
-) -> Path | None:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     """Align a network with SLA to the dense one it was.
 
     Args:
@@ -31,7 +32,7 @@ def train_sla(
         folder: keeps states, curve and result. max_minutes: of this run; run again to go on.
 
     Returns:
-        The result's file, None while the stage is not done.
+        The result's files, none while the stage is not done.
 
     Raises:
         CheckpointError: a file or folder cannot be used.
@@ -45,13 +46,18 @@ def train_sla(
 def train_rcm(
     config: RCMConfig, trainer: TrainerConfig, teacher: Path, source: Source, folder: Path, device: torch.device,
     max_minutes: float | None = None, start: Path | None = None,
-) -> Path | None:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     """Distil a many-step teacher into a student of one to four steps; arguments as `train_sla`'s.
 
     The student has the attention of the file it starts from: the teacher's, or with `start` another one's, SLA too.
+    With a `boundary` two experts are trained and written.
     """
     net = read_trainable(teacher, device)
-    student = copy.deepcopy(net) if start is None else read_trainable(start, device, like=net)
+    start_net = copy.deepcopy(net) if start is None else read_trainable(start, device, like=net)
+    if config.sla or start_net.config.has_sla:
+        start_net = with_sla(start_net)
+        start_net.attention = AttentionConfig("sla", config.top_k)
+    student = start_net if config.boundary is None else Experts(start_net, config.boundary)
     method = RCM(config, student, net, copy.deepcopy(net), source.negative)
     return _train(method, source, trainer, folder, device, max_minutes)
 
@@ -76,15 +82,20 @@ def read_trainable(path: Path, device: torch.device, like: WanTransformer | None
 def _train(
     method: Method, source: Source, trainer: TrainerConfig, folder: Path, device: torch.device,
     max_minutes: float | None,
-) -> Path | None:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     if device.type == "cuda":
         for net in (*method.trained.values(), *method.frozen.values()):
             _compile(net)
     if not run(method, source, trainer, folder, device, max_minutes).finished:
-        return None
+        return []
+    kind = AVERAGE if trainer.ema else "student"
+    results = {folder / RESULT: kind}
+    if isinstance(method.trained["student"], Experts):
+        results = {folder / f"{name}_noise.safetensors": f"{kind}.{name}" for name in NAMES}
     if rank() == 0:
-        export_transformer(folder, folder / RESULT, "official", AVERAGE if trainer.ema else "student")
-    return folder / RESULT
+        for path, which in results.items():
+            export_transformer(folder, path, "official", which)
+    return list(results)
 
 
 def _compile(net: nn.Module) -> None:

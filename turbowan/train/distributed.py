@@ -59,29 +59,22 @@ def rows_of_rank(batch: int, accumulate: int = 1) -> range:
     return range(rank() * count, (rank() + 1) * count)
 
 
-def shard(net: nn.Module, device: torch.device) -> None:
+def shard(net: nn.Module, device: torch.device, half: bool = False) -> None:
     """Shard a module's parameters over all processes with FSDP2, in place: each block by itself, the rest together.
 
-    Every process must hold the same weights. On CUDA the blocks are gathered in bfloat16 and gradients reduced in
-    float32; what is around the blocks, and everything on a CPU, stays in the parameters' dtype.
+    Every process must hold the same weights. With `half` the blocks are gathered in bfloat16; what is around them
+    stays in the parameters' dtype, and gradients are reduced in float32.
     In a group of one process the module is left as it is.
     """
     if world_size() == 1 or isinstance(net, FSDPModule):
         return
     mesh = init_device_mesh(device.type, (world_size(),))
-    half = torch.bfloat16 if device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = torch.bfloat16 if half else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(net):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     around = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(net, mesh=mesh, mp_policy=around)
-
-
-def reshard(net: nn.Module) -> None:
-    """Let a sharded module's parameters be shards again: a forward pass without a backward one leaves some whole."""
-    for module in net.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:

@@ -51,7 +51,8 @@ def export_transformer(
         source: the folder of a run, of which the newest state is taken, or a state's own folder `step-...`.
         target: `.safetensors` or `.pth`; for diffusers a folder, too.
         to: a key of `checkpoints.convert.LAYOUTS`.
-        net: "average", the student's averaged weights, or the name of a trained net: "student", "critic".
+        net: "average", the student's averaged weights, or the name of a trained net: "student", "critic"; of two
+            experts one: "average.high", "student.low".
         dtype: of the written tensors.
 
     Returns:
@@ -64,7 +65,7 @@ def export_transformer(
     states = [source] if (source / ".metadata").exists() else checkpoint.saved(source)
     if not states:
         raise CheckpointError(f"{source} holds no training state (a folder step-...); name the folder of a run")
-    state = checkpoint.read(states[-1], "average." if net == AVERAGE else f"model.{net}.")
+    state = checkpoint.read(states[-1], f"{net}." if net.split(".")[0] == AVERAGE else f"model.{net}.")
     model = outline(state, "transformer", str(states[-1]))
     converted = WRITERS["transformer", to]({key: value.to(dtype) for key, value in state.items()})
     return write_layout(target, to, "transformer", model, lambda path: write_tensors(path, converted))

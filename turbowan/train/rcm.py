@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..errors import CheckpointError
 from ..sampling import rcm
 from .config import check_positive
 from .data import Batch, Draws
 from .trigflow import add_noise, angle, clean, column, predict
+
+TIMES = ("drawn", "sampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,19 @@ class RCMConfig:
     simulation_steps: int = 4  # the student's samples take 1 to so many
     simulation_times: str = "drawn"  # times between: "drawn" as the score's, or "sampler", those of the rcm sampler
     sigma_max: float = 80.0  # where "sampler" starts; "drawn" starts at pure noise
+    sla: bool = False  # give the student SLA, proj_l from zero, if it has none yet
+    top_k: float = 0.1  # of a student with SLA
+    boundary: float | None = None  # two experts: from this time on the high-noise one predicts
 
     def __post_init__(self) -> None:
         check_positive(self, ("student_every", "simulation_steps", "consistency_std", "score_shift", "sigma_max"))
+        if self.simulation_times not in TIMES:
+            raise CheckpointError(f"simulation_times must be one of {', '.join(TIMES)}, got '{self.simulation_times}'")
+        if self.boundary is not None and (not 0 < self.boundary < 1 or self.simulation_times != "sampler"):
+            raise CheckpointError(
+                f"a boundary lies between 0 and 1 and needs simulation_times 'sampler'; got {self.boundary} with"
+                f" '{self.simulation_times}'"
+            )
 
 
 class RCM:
@@ -75,7 +88,8 @@ class RCM:
             return {"critic": self._critic_loss(batch, steps, draws)}
         losses = {}
         if self.config.consistency_weight:
-            losses["consistency"] = self.config.consistency_weight * self._consistency_loss(batch, step, draws)
+            loss = self._consistency_loss(batch, step, round_number, draws)
+            losses["consistency"] = self.config.consistency_weight * loss
         if "critic" in self.trained and step >= self.config.tangent_warmup:
             steps = round_number % self.config.simulation_steps + 1
             losses["score"] = self.config.score_weight * self._score_loss(batch, steps, draws)
@@ -90,10 +104,9 @@ class RCM:
         unwanted = predict(self.teacher, x, tau, batch, self.negative)
         return unwanted + self.config.guidance_scale * (wanted - unwanted)
 
-    def _consistency_loss(self, batch: Batch, step: int, draws: Draws) -> Tensor:
+    def _consistency_loss(self, batch: Batch, step: int, round_number: int, draws: Draws) -> Tensor:
         config = self.config
-        normal = draws.normal().double()
-        tau = (config.consistency_mean + config.consistency_std * normal).exp().atan()
+        tau = self._consistency_time(round_number, draws)
         x = add_noise(batch.latents, draws.normal(*batch.latents.shape[1:]), tau)
         target = self._guided(x, tau, batch)
         warmth = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
@@ -103,6 +116,18 @@ class RCM:
         goal = consistency_direction(x, tau, prediction.detach(), target, tangent, warmth)
         error = (prediction - prediction.detach() - goal).square().flatten(1).sum(dim=1)
         return _mean_of_finite(error)
+
+    def _consistency_time(self, round_number: int, draws: Draws) -> Tensor:
+        """Log-normal in sigma; with two experts, of the part of it that is the high one's and the low one's in turn."""
+        config = self.config
+        low, high = 0.0, 1.0
+        if config.boundary is not None:
+            log_sigma = math.log(config.boundary / (1 - config.boundary))
+            share = 0.5 * math.erfc((log_sigma - config.consistency_mean) / config.consistency_std / 2**0.5)
+            low, high = (1 - share, 1.0) if round_number % 2 == 0 else (0.0, 1 - share)
+        u = low + (high - low) * draws.uniform().double()
+        normal = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))
+        return (config.consistency_mean + config.consistency_std * normal).exp().atan()
 
     def _simulate(self, batch: Batch, steps: int, draws: Draws, gradient: bool) -> Tensor:
         """What the student makes of noise in so many steps; a gradient, if wanted, through the last one only."""

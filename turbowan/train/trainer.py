@@ -22,9 +22,10 @@ from . import checkpoint, curve
 from .activations import KINDS, checkpoint_activations
 from .config import check_positive
 from .data import Batch, Draws, Source
-from .distributed import average, from_rank_0, local, rank, reshard, rows_of_rank, shard, whole
+from .distributed import average, from_rank_0, local, rank, rows_of_rank, shard, whole
 from .ema import PowerAverage
 
+PRECISIONS = ("bf16", "float32")
 AVERAGED = "student"  # the trained net whose weights are averaged
 
 
@@ -60,6 +61,7 @@ class TrainerConfig:
     warmup: int = 100  # updates of a net over which its rate rises linearly
     clip: float = 0.0  # largest norm of a net's gradient; 0: any
     ema: float = 0.1  # width of the student's power average as a share of the run; 0: none
+    precision: str = "bf16"  # of the forward passes on a GPU: bf16 (weights and sums in float32) or float32
     activation_checkpointing: str = "none"  # none, mm_only or block
     seed: int = 0
     log_steps: int = 20  # steps in a line of the curve; the loop waits for the device only then
@@ -71,6 +73,8 @@ class TrainerConfig:
             raise CheckpointError(
                 f"activation_checkpointing must be one of {', '.join(KINDS)}, got '{self.activation_checkpointing}'"
             )
+        if self.precision not in PRECISIONS:
+            raise CheckpointError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
         if self.ema and not 0 < self.ema < 0.28:
             raise CheckpointError(f"ema, the average's width, must be 0 (none) or below 0.28, got {self.ema}")
 
@@ -83,14 +87,6 @@ class Outcome:
     seconds: float
     finished: bool
     average: PowerAverage | None
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """The context of every forward pass in training: bfloat16 products on a GPU, float32 elsewhere.
-
-    Without autocast's cache: a weight it rounded where no gradient is taken would get none later.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def run(
@@ -153,12 +149,13 @@ class Trainer:
             wanted, given = (", ".join(sorted(names)) or "nothing" for names in (method.trained, config.lr))
             raise CheckpointError(f"lr needs a rate for each trained net: {wanted}; it names {given}")
         self.method, self.config, self.device = method, config, device
+        self.half = config.precision == "bf16" and device.type == "cuda"
         for net in method.trained.values():
             checkpoint_activations(net.requires_grad_(True), config.activation_checkpointing)
         for net in method.frozen.values():
             net.requires_grad_(False)
         for net in (*method.trained.values(), *method.frozen.values()):
-            shard(net.to(device), device)
+            shard(net.to(device), device, self.half)
         self.parameters = {name: dict(net.named_parameters()) for name, net in method.trained.items()}
         self.optimizers = {name: self._optimizer(name) for name in method.trained}
         self.average = PowerAverage(method.trained[AVERAGED], config.ema) if config.ema else None
@@ -189,12 +186,13 @@ class Trainer:
         for start in range(rows.start, rows.stop, part):
             some = range(start, start + part)
             draws = Draws(self.config.seed, self.step, some, self.device)
-            found = self.method.losses(source.batch(self.step, some), self.step, draws)
+            batch = source.batch(self.step, some)
+            # without autocast's cache: a weight it rounded where no gradient is taken would get none later
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False):
+                found = self.method.losses(batch, self.step, draws)
             shares = {key: value / self.config.accumulate for key, value in found.items()}
             sum(shares.values(), start=torch.zeros((), device=self.device)).backward()
             losses = {key: value.detach() + losses.get(key, 0) for key, value in shares.items()}
-        for net in self.method.trained.values():
-            reshard(net)
         norm, nonfinite = mend_and_clip(list(self.parameters[name].values()), self.config.clip)
         self._apply(name)
         self.step += 1

@@ -31,14 +31,13 @@ def add_noise(x0: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
 
 
 def velocity(net: nn.Module, latent: Tensor, t: Tensor, batch: Batch, text: Tensor | None = None) -> Tensor:
-    """The network's velocity at x_t = (1 - t) x0 + t noise, float32; bfloat16 inside on CUDA.
+    """The network's velocity at x_t = (1 - t) x0 + t noise, float32.
 
     Args:
         latent: [B, 16, T, h, w]. t: [B] in 0..1. batch: its text and condition. text: another text.
     """
     text = batch.text if text is None else text.expand(len(batch), -1, -1)
-    with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
-        return net(latent.float(), 1000 * t.float(), text, batch.condition, text_rows=TEXT_LENGTH)
+    return net(latent.float(), 1000 * t.float(), text, batch.condition, text_rows=TEXT_LENGTH)
 
 
 def predict(net: nn.Module, x: Tensor, tau: Tensor, batch: Batch, text: Tensor | None = None) -> Tensor:
