@@ -159,6 +159,16 @@ def test_text_to_video_for_real(small_t2v: Path) -> None:
     assert drawn.width > drawn.height > 50
 
 
+@pytest.mark.slow
+def test_the_embedded_model_follows_its_prompts() -> None:
+    """Two held-out prompts at its own size and in its own way; chance is far below one in a hundred."""
+    part, _ = compare(cases("tiny"), WORLD, ShapeQuestions(2), Extent(batch=2, seed=1), Players("cpu"))
+    right = part["summary"]["tiny"]["right"]
+    assert right["background"]["right"] == 2
+    assert right["colour"]["right"] >= 1
+    assert part["summary"]["tiny"]["against"]["travel"]["ratio"] > 0.3
+
+
 def test_image_to_video_for_real(small_i2v: Path) -> None:
     """Random weights keep nothing of the first frame; the VAE alone does."""
     questions = PictureQuestions(2)

@@ -82,8 +82,9 @@ def i2v(
     photos: Annotated[Path | None, typer.Option(help="A folder of photographs, each under every camera.")] = None,
     diversity: Diversity = None,
     errors: Errors = None,
-    scene_seed: Annotated[int, typer.Option(help="Which pictures are drawn; from 900,000,000 on never trained on.")]
-    = 900_000_000,
+    scene_seed: Annotated[
+        int, typer.Option(help="Which pictures are drawn; from 900,000,000 on never trained on.")
+    ] = 900_000_000,
     seed: Seed = 0,
     shard: Shard = "1/1",
     batch: BatchSize = None,

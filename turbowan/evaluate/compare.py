@@ -28,7 +28,7 @@ _OTHER_DRAW = 1_000_003  # between the seeds of clips of one prompt
 class Extent:
     """How much is measured.
 
-    batch: prompts generated together; changes no number. seed: prompt r's noise has the seed `seed + r`. shard: (i, n),
+    batch: prompts generated together. seed: prompt r's noise has the seed `seed + r`. shard: (i, n),
     the i-th of n equal parts of the prompts, from 1. diversity: prompts of which `draws` clips are made. errors:
     prompts of which the latents are also computed in float32, dense. Both are spread evenly over all prompts.
     """
