@@ -1,30 +1,34 @@
-"""Compare the curves of two_gpus.sh: the largest relative difference of a loss from the one-GPU run's."""
+"""Compare the curves of two_gpus.sh: the largest relative difference of each loss, of two GPUs from one, and of a run
+killed half-way and resumed from the unbroken one. A run that was cut short counts as far as it went, which is printed."""
 
 import json
 import sys
 from pathlib import Path
 
+from turbowan.train import curve
+
 LOSSES = ("consistency", "score", "critic")
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
     out = Path(sys.argv[1])
-    one = curve(out / "one")
+    runs = {name: curve.read(out / name / curve.CURVE_FILE) for name in ("one", "two", "killed")}
     for name, reference in (("two", "one"), ("killed", "two")):
-        lines = curve(out / name)
-        wanted = curve(out / reference)
-        assert [line["step"] for line in lines] == [line["step"] for line in wanted]
-        apart = {
-            loss: max(abs(a[loss] / b[loss] - 1) for a, b in zip(lines, wanted, strict=True) if loss in b)
-            for loss in LOSSES
+        pairs = list(zip(runs[name], runs[reference], strict=False))
+        if not pairs or any(ours["step"] != theirs["step"] for ours, theirs in pairs):
+            sys.exit(f"{out / name} and {out / reference} have no curves of the same steps; see the logs beside them")
+        apart = [
+            {loss: abs(ours[loss] / theirs[loss] - 1) for loss in LOSSES if loss in theirs} for ours, theirs in pairs
+        ]
+        line = {
+            "run": name,
+            "against": reference,
+            "steps": [pairs[-1][0]["step"], runs[reference][-1]["step"]],
+            "largest": {loss: max(found[loss] for found in apart if loss in found) for loss in apart[-1]},
+            "last": apart[-1],
+            "seconds": [run[len(pairs) - 1]["seconds"] for run in (runs[name], runs[reference])],
         }
-        last = {loss: lines[-1][loss] / wanted[-1][loss] - 1 for loss in LOSSES if loss in wanted[-1]}
-        print(json.dumps({"run": name, "against": reference, "largest": apart, "last": last}))
-    print(json.dumps({"steps": one[-1]["step"], "seconds": {n: curve(out / n)[-1]["seconds"] for n in ("one", "two")}}))
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _detect_vae(keys: State, name: str) -> Detected:
     nested = any(key.startswith("decoder.upsamples.0.upsamples.") for key in keys)
     if nested or (first is not None and first.shape[1] == 48):
         raise CheckpointError(f"{name} is the Wan 2.2 VAE of the 5B model (48 channels), which turbowan does not run")
-    return Detected("vae", family, "none")
+    return Detected("vae", family, _quantization(keys))
 
 
 def _is_comfy_quantized(keys: Mapping[str, Tensor]) -> bool:

@@ -27,7 +27,7 @@ def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
     if model is None and any(role in files for role in TRANSFORMERS):
         first = files.get("transformer") or files.get("high_noise") or files["low_noise"]
         return guess_manifest(first.stem, files)
-    manifest = _find_named(str(model or "tiny"))
+    manifest = _find_named(str(model or default_model(False)))
     if not files:
         return manifest
     own = dict(manifest.files)
@@ -36,6 +36,11 @@ def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
     manifest = replace(manifest, files={**own, **files})
     check_manifest(manifest, manifest.name)
     return manifest
+
+
+def default_model(has_image: bool) -> str:
+    """The embedded model for a request without named files."""
+    return "tiny-i2v" if has_image else "tiny"
 
 
 def _find_named(model: str) -> Manifest:

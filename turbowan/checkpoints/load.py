@@ -151,7 +151,9 @@ def transformer_config(state: Mapping[str, Tensor], name: str) -> TransformerCon
 
 
 def _shape(state: Mapping[str, Tensor], key: str, dims: int, name: str) -> tuple[int, ...]:
-    """A tensor's shape, which must have so many dimensions."""
+    """A tensor's shape, which must have so many dimensions; a weight may be there as int8 blocks."""
+    blocks = f"{key.removesuffix('.weight')}.int8_weight"
+    key = blocks if key not in state and blocks in state else key
     if key not in state:
         raise CheckpointError(f"{name} is incomplete: {key} is missing among {len(state)} tensors")
     shape = tuple(state[key].shape)
@@ -191,6 +193,7 @@ def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
         )
     with torch.device("meta"):
         vae = WanVAE(dim)
+    state = fit_quantized(vae, state)
     check_fit(vae, state, name)
     return vae, state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -145,7 +146,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> Path:
-    """Write `turbowan.toml` into a folder; files inside it are named relative to it."""
+    """Write `turbowan.toml` into a folder; files in it, and in folders beside it, are named relative to it."""
     sections = {
         "sampling": (
             "sampler", "num_steps", "sigma_max", "shift", "guidance_scale", "boundary", "negative_prompt",
@@ -166,8 +167,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
     lines += ["", "[files]"]
     for role, path in manifest.files.items():
         path = path.absolute()
-        named = path.relative_to(folder) if path.is_relative_to(folder) else path
-        lines.append(f"{role} = {_toml(named.as_posix())}")
+        named = os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else path
+        lines.append(f"{role} = {_toml(Path(named).as_posix())}")
     target = folder / FILE_NAME
     with replacing(target) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from .official import write_transformer
 
 # every linear layer inside a block but SLA's projection, as the official tool takes them
 _QUANTIZED = re.compile(r"^(blocks\.\d+\.(?:self_attn\.[qkvo]|cross_attn\.(?:[qkvo]|[kv]_img)|ffn\.[02]))\.weight$")
+# what a file can hold in 8 bits besides, to be small: it is expanded when it is read
+_EXPANDED = re.compile(r"^(text_embedding\.[02]|time_embedding\.[02]|time_projection\.1)\.weight$")
 _FLOAT32 = re.compile(r"(\.norm_[qk](_img)?\.weight|\.norm3\.(weight|bias))$")
 
 
@@ -55,21 +57,28 @@ def quantize_checkpoint(
     stream_tensors(target, layout, counted())
 
 
-def quantize_transformer(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> State:
+def quantize_transformer(
+    state: Mapping[str, Tensor], device: torch.device | str = "cpu", small: bool = False
+) -> State:
     """A transformer under our or the official names with int8 blocks in its blocks' linear layers and float32 norms.
 
     Weights are rounded to bfloat16 first, as the official tool sees them.
 
+    Args:
+        small: also the layers around the blocks, which only we read so; they are expanded then.
+
     Raises:
         CheckpointError: a weight is in 8 bits already.
     """
-    return dict(quantized_tensors(state, device))
+    return dict(quantized_tensors(state, device, small))
 
 
-def quantized_tensors(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def quantized_tensors(
+    state: Mapping[str, Tensor], device: torch.device | str = "cpu", small: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """`quantize_transformer`, key by key: one layer at a time is computed and held."""
     for key, value in state.items():
-        match = _QUANTIZED.match(key)
+        match = _QUANTIZED.match(key) or (_EXPANDED.match(key) if small else None)
         if key.endswith(".int8_weight") or (value.itemsize == 1 and value.ndim == 2):
             kind = str(value.dtype).removeprefix("torch.")
             raise CheckpointError(f"{key} is {kind} already; quantise the full-precision file")
@@ -80,3 +89,15 @@ def quantized_tensors(state: Mapping[str, Tensor], device: torch.device | str = 
         home = value.device
         yield f"{match[1]}.int8_weight", codes.to(home)
         yield f"{match[1]}.scale", scale.to(home)
+
+
+def quantize_vae(state: Mapping[str, Tensor]) -> State:
+    """A VAE whose convolutions' weights are int8 with one scale per output channel; they are expanded when read."""
+    out: State = {}
+    for key, value in state.items():
+        if value.ndim < 3 or not key.endswith(".weight"):
+            out[key] = value
+            continue
+        codes, out[f"{key}_scale"] = ops.quantize_int8_rowwise(value.flatten(1).float())
+        out[key] = codes.view(value.shape)
+    return out

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RequestError
+
 if TYPE_CHECKING:
     import torch
 
+    from ..models.text_encoder import TextEncoder
+    from ..models.tokenizer import Tokenizer
+    from ..models.vae import WanVAE
     from ..train.data import Source
-    from ..train.world import World, WorldConfig
+    from ..train.world import WorldConfig
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run: states, curve, result.")]
 Teacher = Annotated[Path, typer.Option(help="The transformer to learn from, of any family.")]
@@ -19,6 +25,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(help="Latent shards: tar files, folders or patterns, repeatable. Without: the procedural world."),
 ]
+Frames = Annotated[int | None, typer.Option(help="Latent frames to keep of each clip of --data; all by default.")]
 Negative = Annotated[Path | None, typer.Option(help="Embedding of the negative prompt, for shards (.pt).")]
 Model = Annotated[str, typer.Option(help="Whose VAE, text encoder and tokenizer make the procedural world.")]
 Init = Annotated[Path | None, typer.Option(help="A transformer to begin from instead of the teacher's weights.")]
@@ -33,30 +40,64 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def sla(
-    out: Out, teacher: Teacher, config: Config = "tiny-sla", data: Data = None, negative: Negative = None,
-    model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None, device: Device = "auto",
+    out: Out, teacher: Teacher, config: Config = "tiny-sla", data: Data = None, frames: Frames = None,
+    negative: Negative = None, model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None,
+    device: Device = "auto",
 ) -> None:  # fmt: skip
     """Sparse-linear attention: align a transformer with SLA to the dense one it was; writes transformer.safetensors."""
     from ..train.distil import train_sla
     from ..train.sla import SLAConfig
 
-    _run(train_sla, "sla", SLAConfig, out, teacher, config, data, negative, model, init, max_minutes, device)
+    clips = Clips(data, frames, negative, model)
+    _run(train_sla, "sla", SLAConfig, out, teacher, config, clips, init, max_minutes, device)
 
 
 def rcm(
-    out: Out, teacher: Teacher, config: Config = "tiny-rcm", data: Data = None, negative: Negative = None,
-    model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None, device: Device = "auto",
+    out: Out, teacher: Teacher, config: Config = "tiny-rcm", data: Data = None, frames: Frames = None,
+    negative: Negative = None, model: Model = "tiny-base", init: Init = None, max_minutes: MaxMinutes = None,
+    device: Device = "auto",
 ) -> None:  # fmt: skip
-    """rCM distillation: a many-step teacher becomes a student of 1 to 4 steps; writes transformer.safetensors."""
+    """rCM distillation: a many-step teacher becomes a student of 1 to 4 steps; writes transformer.safetensors, or with
+    a boundary high_noise.safetensors and low_noise.safetensors."""
     from ..train.distil import train_rcm
     from ..train.rcm import RCMConfig
 
-    _run(train_rcm, "rcm", RCMConfig, out, teacher, config, data, negative, model, init, max_minutes, device)
+    clips = Clips(data, frames, negative, model)
+    _run(train_rcm, "rcm", RCMConfig, out, teacher, config, clips, init, max_minutes, device)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a stage trains on: shards, or the procedural world of a model.
+
+    Raises:
+        RequestError: an option of shards is given without any.
+    """
+
+    data: list[str] | None
+    frames: int | None
+    negative: Path | None
+    model: str
+
+    def __post_init__(self) -> None:
+        for option, value in (("--frames", self.frames), ("--negative", self.negative)):
+            if value is not None and not self.data:
+                raise RequestError(f"{option} is of the clips of --data; name these too, or leave it out")
+
+    def source(self, config: WorldConfig, batch: int, seed: int, device: torch.device) -> Source:
+        if self.data:
+            from ..train.shard_source import ShardSource
+            from ..train.shards import Shards
+
+            return ShardSource(Shards(self.data, self.frames), batch, device, seed, self.negative)
+        from ..train.world import World
+
+        return World(config, *_world_parts(self.model, device), device, seed)
 
 
 def _run(
-    train: Any, table: str, kind: type, out: Path, teacher: Path, config: str, data: list[str] | None,
-    negative: Path | None, model: str, init: Path | None, max_minutes: float | None, device: str,
+    train: Any, table: str, kind: type, out: Path, teacher: Path, config: str, clips: Clips, init: Path | None,
+    max_minutes: float | None, device: str,
 ) -> None:  # fmt: skip
     from ..engine import choose_device
     from ..train import distributed
@@ -64,18 +105,11 @@ def _run(
     from ..train.trainer import TrainerConfig
     from ..train.world import WorldConfig
 
-    where = distributed.join(choose_device(device))
     settings = read_tables(config, trainer=TrainerConfig, world=WorldConfig, **{table: kind})
     trainer = settings["trainer"]
-    source: Source
-    if data:
-        from ..train.shard_source import ShardSource
-        from ..train.shards import Shards
-
-        source = ShardSource(Shards(data), trainer.batch, where, trainer.seed, negative)
-    else:
-        source = _world(settings["world"], model, trainer.seed, where)
+    where = distributed.join(choose_device(device))
     try:
+        source = clips.source(settings["world"], trainer.batch, trainer.seed, where)
         results = train(settings[table], trainer, teacher, source, out, where, max_minutes, init)
         if distributed.rank() == 0:
             print(*results or [f"{out}: not done yet; run again to go on"], sep="\n")
@@ -83,18 +117,18 @@ def _run(
         distributed.leave()
 
 
-def _world(config: WorldConfig, model: str, seed: int, device: torch.device) -> World:
+def _world_parts(model: str, device: torch.device) -> tuple[WanVAE, Tokenizer, TextEncoder]:
+    """What makes latents and texts of the procedural world's clips and captions."""
     import torch
 
     from ..checkpoints import load_text_encoder, load_vae
     from ..checkpoints.find import find_model
     from ..checkpoints.tokenizer import find_tokenizer
-    from ..train.world import World
 
     files = find_model(model, {}).files
     vae = load_vae(files["vae"], device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = find_tokenizer(files["text_encoder"], files.get("tokenizer"))
-    return World(config, vae, tokenizer, load_text_encoder(files["text_encoder"], device), device, seed)
+    return vae, tokenizer, load_text_encoder(files["text_encoder"], device)
 
 
 def merge(
@@ -127,23 +161,31 @@ def shards(
     seed: Annotated[int, typer.Option(help="Of the clips.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """The procedural world as latent shards, the tar files official trainers read; goes on where it stopped."""
+    """The procedural world as latent shards, the tar files official trainers read; goes on where it stopped. Under
+    torchrun the processes take turns."""
     from ..clock import Progress
     from ..engine import choose_device
     from ..terminal import ProgressLine
+    from ..train import distributed
     from ..train.config import read_table
     from ..train.world import WorldConfig
     from ..train.world_shards import write_world_shards
 
-    where = choose_device(device)
     settings = read_table(config, "world", WorldConfig)
-    world = _world(settings, model, seed, where)
+    where = distributed.join(choose_device(device))
     line = ProgressLine()
-    write_world_shards(
-        settings, count, out, world.pool.vae, world.pool.tokenizer, world.encoder, where, seed, per_shard,
-        lambda done, total: line(Progress("shards", done, total)),
-    )  # fmt: skip
-    print(out)
+
+    def report(done: int, total: int) -> None:
+        if distributed.rank() == 0:
+            line(Progress("shards", done, total))
+
+    try:
+        write_world_shards(settings, count, out, *_world_parts(model, where), where, seed, per_shard, report)
+        distributed.wait_for_all()
+        if distributed.rank() == 0:
+            print(out)
+    finally:
+        distributed.leave()
 
 
 def export(

@@ -19,7 +19,9 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What it should not show (models with guidance).")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help=".mp4, .webm, .gif or .png.")] = Path("out/video.mp4"),
     print_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON per video.")] = False,
-    model: Annotated[str | None, typer.Option(help="tiny, a folder or a manifest.", rich_help_panel=_FILES)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, tiny-i2v, tiny-base, a folder or a manifest.", rich_help_panel=_FILES)
+    ] = None,
     transformer: Annotated[Path | None, typer.Option(help="The transformer's file.", rich_help_panel=_FILES)] = None,
     high_noise: Annotated[Path | None, typer.Option(help="High-noise expert.", rich_help_panel=_FILES)] = None,
     low_noise: Annotated[Path | None, typer.Option(help="Low-noise expert.", rich_help_panel=_FILES)] = None,
@@ -75,8 +77,11 @@ def generate(
     for target in targets:  # all that can be wrong is found before the weights are read
         check_target(target, num_frames=num_frames or 2)  # unless one is asked for, there will be several
 
+    from ..checkpoints.find import default_model
     from ..engine import Engine, Progress
 
+    if not any((model, transformer, high_noise, low_noise)):
+        model = default_model(image is not None)
     engine = Engine.load(
         model, transformer=transformer, high_noise=high_noise, low_noise=low_noise, vae=vae, text_encoder=text_encoder,
         tokenizer=tokenizer, image_encoder=image_encoder, device=device,

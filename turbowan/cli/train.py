@@ -110,14 +110,26 @@ def flow(
 
 @app.command()
 def pack(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The model's folder.")],
-    flow: Annotated[Path, typer.Option(help="Folder of the flow stage.")],
-    vae: Annotated[Path, typer.Option(help="The VAE's file.")],
-    tokenizer: Annotated[Path, typer.Option(help="spiece.model.")],
-    name: Annotated[str, typer.Option(help="The model's name.")] = "tiny",
-    quantize: Annotated[bool, typer.Option(help="int8 blocks in the transformer's linear layers.")] = True,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model's folder; its name is the model's.")],
+    kind: Annotated[str, typer.Option(help="base (many steps), t2v or i2v (few steps).")],
+    transformer: Annotated[Path | None, typer.Option(help="The transformer's file.")] = None,
+    high_noise: Annotated[Path | None, typer.Option(help="High-noise expert, with --low-noise.")] = None,
+    low_noise: Annotated[Path | None, typer.Option(help="Low-noise expert.")] = None,
+    beside: Annotated[Path | None, typer.Option(help="Share VAE, text encoder and tokenizer of this model.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The VAE's file, where none is shared.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="The text encoder's.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="spiece.model.")] = None,
+    sla_topk: Annotated[float, typer.Option(help="Share of key blocks kept, of a transformer with SLA.")] = 0.1,
+    quantize: Annotated[bool, typer.Option(help="int8 in transformers and VAE.")] = True,
 ) -> None:
-    """A model folder with manifest from the stages' files, the transformer in int8 blocks."""
+    """A model folder with manifest from the stages' files, in int8."""
+    from ..errors import RequestError
     from ..train.pack import pack_model
 
-    print(pack_model(out, name, flow, vae, tokenizer, quantize))
+    given = {"transformer": transformer, "high_noise": high_noise, "low_noise": low_noise}
+    rest = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    if beside is None and None in rest.values():
+        raise RequestError("give --beside with a model's folder, or --vae, --text-encoder and --tokenizer")
+    transformers = {role: path for role, path in given.items() if path is not None}
+    others = beside or {role: path for role, path in rest.items() if path is not None}
+    print(pack_model(out, kind, transformers, others, sla_topk, quantize))

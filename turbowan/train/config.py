@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TurbowanError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,7 +74,7 @@ def _fill(kind: type[T], values: dict[str, Any], where: str) -> T:
         raise CheckpointError(f"{where} has keys this stage does not know: {', '.join(unknown)}")
     try:
         return kind(**values)
-    except (TypeError, CheckpointError) as error:
+    except (TypeError, TurbowanError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 

@@ -65,9 +65,10 @@ class FlowConfig(WorldConfig):
     preview_shift: float = 3.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optimizer not in ("adamw", "muon"):
             raise CheckpointError(f"optimizer must be adamw or muon, got '{self.optimizer}'")
-        check_positive(self, ("minutes", "batch", "lr", "layers", "pool_start", "pool_size", "refresh_clips"))
+        check_positive(self, ("minutes", "batch", "lr", "layers"))
 
 
 def draw_times(config: FlowConfig, generator: torch.Generator) -> Tensor:

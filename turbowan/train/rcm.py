@@ -7,7 +7,8 @@ student makes. The critic, a copy of the teacher, learns the student's own distr
 Source: Zheng et al., "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency" (2025),
 with the settings of NVlabs/rcm and TurboDiffusion. Simplified: the whole tangent comes from PyTorch's forward-mode AD
 instead of layer-wise pairs (attention by its plain formula there); latents are taken as they are, not decoded and
-encoded again; the discrete form (dCM) and finite differences are left out.
+encoded again; the discrete form (dCM) and finite differences are left out. Ours: two experts as one student, and for
+image-to-video a pull of the first frame towards the image (`known_frame_weight`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import CheckpointError
+from ..models.transformer import AttentionConfig
 from ..sampling import rcm
 from .config import check_positive
 from .data import Batch, Draws
@@ -40,6 +42,7 @@ class RCMConfig:
     consistency_mean: float = 0.7  # sigma = exp(mean + std * normal)
     consistency_std: float = 1.6
     score_shift: float = 5.0  # t = shift u / (1 + (shift - 1) u), u uniform
+    known_frame_weight: float = 0.0  # of the first frame's squared distance to the image it was given, in score steps
     simulation_steps: int = 4  # the student's samples take 1 to so many
     simulation_times: str = "drawn"  # times between: "drawn" as the score's, or "sampler", those of the rcm sampler
     sigma_max: float = 80.0  # where "sampler" starts; "drawn" starts at pure noise
@@ -51,6 +54,14 @@ class RCMConfig:
         check_positive(self, ("student_every", "simulation_steps", "consistency_std", "score_shift", "sigma_max"))
         if self.simulation_times not in TIMES:
             raise CheckpointError(f"simulation_times must be one of {', '.join(TIMES)}, got '{self.simulation_times}'")
+        AttentionConfig("sla", self.top_k)  # refuses what is out of its range, as the time grid does
+        if self.simulation_times == "sampler":
+            rcm.timesteps(self.simulation_steps, self.sigma_max)
+        if not self.consistency_weight and (not self.score_weight or self.tangent_warmup):
+            raise CheckpointError(
+                "consistency_weight 0 needs a score_weight and no tangent_warmup: its steps have no other loss; got"
+                f" {self.score_weight} and {self.tangent_warmup}"
+            )
         if self.boundary is not None and (not 0 < self.boundary < 1 or self.simulation_times != "sampler"):
             raise CheckpointError(
                 f"a boundary lies between 0 and 1 and needs simulation_times 'sampler'; got {self.boundary} with"
@@ -169,7 +180,11 @@ class RCM:
             teacher = clean(x, tau, self._guided(x, tau, batch))
             weight = (made - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
             goal = made - (critic - teacher) / weight
-        return _mean_of_finite((made - goal).square().flatten(1).sum(dim=1))
+        error = (made - goal).square()
+        if self.config.known_frame_weight and batch.condition is not None:
+            known, image = batch.condition[:, :1], batch.condition[:, 4:]
+            error = error + self.config.known_frame_weight * known * (made - image).square()
+        return _mean_of_finite(error.flatten(1).sum(dim=1))
 
     def _critic_loss(self, batch: Batch, steps: int, draws: Draws) -> Tensor:
         with torch.no_grad():

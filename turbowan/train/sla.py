@@ -8,6 +8,7 @@ not decoded and encoded again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,12 +37,15 @@ class SLAConfig:
     noise_range: tuple[float, float] = (0.0, 1.0)  # an expert draws its times from its own
 
     def __post_init__(self) -> None:
-        check_positive(self, ("top_k", "time_std", "sampler_steps", "sigma_max"))
+        check_positive(self, ("time_std", "sampler_steps", "sigma_max"))
         low, high = self.noise_range
         if not 0 <= low < high <= 1:
             raise CheckpointError(f"noise_range must rise within 0..1, got {low} to {high}")
-        if not self.blocks or any(len(pair) != 2 or min(pair) < 1 for pair in self.blocks):
-            raise CheckpointError(f"blocks must be pairs of positive numbers, got {self.blocks}")
+        if not self.blocks or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in self.blocks):
+            raise CheckpointError(f"blocks must be pairs such as [[128, 64]], got {self.blocks}")
+        for pair in self.blocks:  # what is out of range is refused, by the time grid too
+            AttentionConfig("sla", self.top_k, *pair)
+        rcm.timesteps(self.sampler_steps, self.sigma_max)
 
 
 class SLA:

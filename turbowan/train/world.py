@@ -6,12 +6,14 @@ that is killed and resumed, or goes on with another number of processes, sees wh
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import Tokenizer
 from ..models.vae import WanVAE
@@ -19,6 +21,7 @@ from ..stages import image_condition
 from ..world.captions import camera_captions, caption
 from ..world.pictures import draw_pictures, move_camera
 from ..world.scenes import CAMERAS, draw_scenes, render
+from .config import check_positive
 from .data import Batch, Draws
 
 
@@ -34,11 +37,31 @@ class WorldConfig:
     image: bool = False  # give the first frame as a condition (image-to-video)
     text_rows: int = 32  # longest caption and one empty row
     empty_prompts: float = 0.1
-    pool_start: int = 8192
+    pool_start: int = 8192  # clips before the first step, in whole refreshes
     pool_size: int = 40960
     refresh_steps: int = 4
     refresh_clips: int = 64
     wordings: int = 4  # captions kept per clip
+
+    def __post_init__(self) -> None:
+        counts = ("text_rows", "pool_start", "pool_size", "refresh_steps", "refresh_clips", "wordings")
+        check_positive(self, ("frames", "height", "width", *counts))
+        if self.frames % 4 != 1 or self.height % 16 or self.width % 16:
+            raise CheckpointError(
+                "clips have 4 k + 1 frames, and heights and widths that are multiples of 16;"
+                f" got {self.frames} of {self.height} x {self.width}"
+            )
+        shares = (self.camera_share, self.picture_share, self.empty_prompts)
+        if not all(0 <= share <= 1 for share in shares) or self.camera_share + self.picture_share > 1:
+            raise CheckpointError(
+                "camera_share, picture_share, their sum and empty_prompts lie in 0..1; got"
+                f" {', '.join(map(str, shares))}"
+            )
+        if self.pool_size < self.refresh_clips:
+            raise CheckpointError(
+                f"a pool of {self.pool_size} clips has no room for the {self.refresh_clips} of a refresh; raise"
+                " pool_size, or lower refresh_clips"
+            )
 
 
 def draw_clips(
@@ -59,6 +82,19 @@ def draw_clips(
     return torch.cat(clips), captions
 
 
+def tokenise(config: WorldConfig, tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [B, text_rows] each; the last row is always empty, for all up to the 512th.
+
+    Raises:
+        CheckpointError: a caption leaves no empty row.
+    """
+    ids, mask = tokenizer(prompts)
+    longest = int(mask.sum(dim=1).max())
+    if longest >= config.text_rows:
+        raise CheckpointError(f"a caption has {longest} tokens; text_rows must be more, it is {config.text_rows}")
+    return ids[:, : config.text_rows], mask[:, : config.text_rows]
+
+
 class Pool:
     """Latents, conditions and tokenised captions of the newest clips.
 
@@ -72,7 +108,7 @@ class Pool:
         self.latents = torch.empty(shape, dtype=vae.dtype, device=device)
         self.images = torch.empty(shape, dtype=vae.dtype, device=device) if config.image else None
         self.ids = torch.zeros(config.pool_size, config.wordings, config.text_rows, dtype=torch.int16)
-        self.empty = tokenizer([""])[0][0, : config.text_rows]
+        self.empty = tokenise(config, tokenizer, [""])[0][0]
         self.made = 0
 
     def __len__(self) -> int:
@@ -81,11 +117,13 @@ class Pool:
     def at_step(self, step: int) -> None:
         """Make the pool what it is at a step: filled, and refreshed as often as the steps before have asked for."""
         config = self.config
-        wanted = config.pool_start + config.refresh_clips * (step // config.refresh_steps)
+        # whole refreshes always: what is drawn depends on how many are drawn together
+        wanted = math.ceil(config.pool_start / config.refresh_clips) + step // config.refresh_steps
         if self.made == 0:  # what has been replaced by now need not be made
-            self.made = max(0, (wanted - config.pool_size) // config.refresh_clips * config.refresh_clips)
-        while self.made < wanted:
-            self.add(min(config.refresh_clips, wanted - self.made))
+            kept = math.ceil(config.pool_size / config.refresh_clips)
+            self.made = max(0, wanted - kept) * config.refresh_clips
+        while self.made < wanted * config.refresh_clips:
+            self.add(config.refresh_clips)
 
     @torch.no_grad()
     def add(self, count: int) -> None:
@@ -99,7 +137,7 @@ class Pool:
         if self.images is not None:
             self.images[place] = self.vae.encode_first_frame(video[:, :, 0], config.frames).to(self.vae.dtype)
         for wording, prompts in enumerate(captions):
-            self.ids[rows, wording] = self.tokenizer(prompts)[0][:, : config.text_rows].to(torch.int16)
+            self.ids[rows, wording] = tokenise(config, self.tokenizer, prompts)[0].to(torch.int16)
         self.made += count
 
     def rows(self, clip: Tensor, wording: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

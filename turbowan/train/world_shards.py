@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import make_folder, replacing
-from ..errors import CheckpointError
 from ..models.text_encoder import TextEncoder
 from ..models.tokenizer import Tokenizer
 from ..models.vae import WanVAE
@@ -18,7 +17,7 @@ from .distributed import rank
 from .shard_source import NEGATIVE_FILE
 from .shard_writer import write_shards
 from .shards import Sample
-from .world import WorldConfig, draw_clips
+from .world import WorldConfig, draw_clips, tokenise
 
 _DRAWN = 20  # clips drawn together: the shares of pictures come in steps of a twentieth
 _ENCODED = 5  # clips encoded together: 33 x 160 x 256 with a condition then take 3.2 GB in all on a CPU (measured)
@@ -85,8 +84,5 @@ def _encode(
     prompts: list[str], config: WorldConfig, tokenizer: Tokenizer, encoder: TextEncoder, device: torch.device
 ) -> Tensor:
     """[B, text_rows, D]; the rows behind a prompt are zero."""
-    ids, mask = tokenizer(prompts)
-    longest = int(mask.sum(dim=1).max())
-    if longest >= config.text_rows:
-        raise CheckpointError(f"a caption has {longest} tokens; text_rows must be more, it is {config.text_rows}")
-    return encoder(ids[:, : config.text_rows].to(device), mask[:, : config.text_rows].to(device))
+    ids, mask = tokenise(config, tokenizer, prompts)
+    return encoder(ids.to(device), mask.to(device))
