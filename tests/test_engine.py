@@ -8,17 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPVisionConfig
 
 import turbowan
 from turbowan import Engine, GenerateRequest
+from turbowan.checkpoints import load_text_encoder, load_transformer, load_vae
 from turbowan.checkpoints.files import write_tensors
+from turbowan.checkpoints.load import load_image_encoder
 from turbowan.checkpoints.official import write_transformer
 from turbowan.checkpoints.quantize import quantize_transformer
-from turbowan.clock import STAGES
+from turbowan.clock import STAGES, Clock
 from turbowan.engine import EMBEDDED
 from turbowan.errors import CheckpointError, MachineError, RequestError
+from turbowan.media.image import to_tensor
+from turbowan.models.image_encoder import ImageEncoder
 from turbowan.models.transformer import TransformerConfig, WanTransformer
-from turbowan.stages import to_uint8
+from turbowan.sampling import rcm
+from turbowan.stages import Run, image_condition, to_uint8
+from turbowan.world.analyse import analyse_camera, psnr
+from turbowan.world.pictures import draw_pictures, move_camera
+from turbowan.world.scenes import CAMERAS
 
 TINY = EMBEDDED / "tiny"
 PARTS = {
@@ -85,8 +95,8 @@ def test_a_seed_repeats_bit_by_bit_and_another_does_not(tiny):
 
 
 def test_the_defaults_make_what_the_prompt_says(tiny):
-    """The manifest's size and a few of its steps: a red thing on a blue ground."""
-    request = GenerateRequest(prompt="a large red circle stays still on a plain blue background", num_steps=10, seed=1)
+    """The manifest's size and its four steps: a red thing on a blue ground."""
+    request = GenerateRequest(prompt="a large red circle stays still on a plain blue background", seed=1)
     frames = tiny.generate(request).frames
     assert frames.shape == (33, 160, 256, 3)
     red, green, blue = (frames[16, ..., c].astype(int) for c in range(3))
@@ -109,9 +119,23 @@ def test_progress_tells_every_stage_and_its_exception_ends_the_work(tiny):
     assert quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=1, **SMALL)).frames.shape == (9, 64, 96, 3)
 
 
-def test_few_steps_of_an_undistilled_model_are_remarked_on(tiny):
+def test_few_steps_of_an_undistilled_model_are_remarked_on():
+    engine = Engine.load("tiny-base", device="cpu")
     with pytest.warns(UserWarning, match="4 steps are too few"):
-        tiny.generate(GenerateRequest(prompt="a red circle", num_steps=4, width=32, height=32, num_frames=1))
+        engine.generate(GenerateRequest(prompt="a red circle", num_steps=4, width=32, height=32, num_frames=1))
+
+
+def test_the_embedded_experts_move_a_camera_over_a_picture():
+    """Content that moves left under a camera that pans right: the judge of the world agrees."""
+    generator = torch.Generator().manual_seed(900_000_123)
+    picture = draw_pictures(1, generator)
+    first = move_camera(picture, torch.tensor([1]), torch.tensor([0.5]), 5, 160, 256)[0, :, 0]
+    image = ((first + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    engine = Engine.load("tiny-i2v", device="cpu")
+    result = engine.generate(GenerateRequest(prompt="the camera pans right", image=image, seed=3))
+    video = torch.from_numpy(result.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    assert CAMERAS[int(analyse_camera(video))] == "pan right"
+    assert psnr(float((video[0, :, 0] - first).square().mean())) > 20
 
 
 @pytest.mark.parametrize("sampler", ["rcm", "euler", "unipc"])
@@ -158,6 +182,71 @@ def test_features_together_int8_attention_experts_memory(experts, attention):
     assert freed.settings["attention"] == attention
 
 
+def test_the_switch_of_experts_is_one_stage_entered_once(experts, monkeypatch):
+    entered = []
+    stage = Clock.stage
+
+    def counted(clock: Clock, name: str, exclusive: bool = True):
+        entered.append(name)
+        return stage(clock, name, exclusive)
+
+    monkeypatch.setattr(Clock, "stage", counted)
+    engine = Engine.load(high_noise=experts["high"], low_noise=experts["low"], **PARTS, device="cpu")
+    engine.generate(GenerateRequest(prompt="a red circle", image=photo(), boundary=0.95, **SMALL))
+    assert entered.count("switch") == 1  # before the first of three low-noise steps
+
+
+def test_image_to_video_with_clip_tokens(tmp_path, fresh_seed, relative_error):
+    """Wan 2.1's kind: CLIP sees the whole picture, whatever its shape, and its tokens reach the frames."""
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = ImageEncoder(CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu")).model
+    net = WanTransformer(TransformerConfig(256, 256, 1, text_dim=128, in_dim=36, image_dim=128))
+    for role, module in (("clip", clip), ("net", net)):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        state = module.state_dict()
+        prefix = "vision_model." if role == "clip" and "post_layernorm.weight" in state else ""
+        write_tensors(tmp_path / f"{role}.safetensors", {prefix + key: value for key, value in state.items()})
+    files = {"transformer": tmp_path / "net.safetensors", "image_encoder": tmp_path / "clip.safetensors"}
+    engine = Engine.load(**files, **PARTS, device="cpu")
+
+    def latent(image: np.ndarray) -> torch.Tensor:
+        found = []
+        decode = Run.decode
+
+        def keep(run: Run, value: torch.Tensor) -> list[np.ndarray]:
+            found.append(value)
+            return decode(run, value)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "decode", keep)
+            size = {"width": 64, "height": 48, "num_frames": 5}
+            result = engine.generate(GenerateRequest(prompt="a red circle", image=image, num_steps=1, **size))
+        assert result.frames.shape == (5, 48, 64, 3)
+        return found[0]
+
+    wide = np.random.default_rng(fresh_seed).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    first = latent(wide)
+    manual = load_transformer(files["transformer"])
+    tokens = load_image_encoder(files["image_encoder"])(to_tensor(Image.fromarray(wide), 30, 90))
+    vae, settings = load_vae(PARTS["vae"]), GenerateRequest(prompt="a red circle")
+    known = image_condition(vae.encode_first_frame(to_tensor(Image.fromarray(wide), 48, 64), 5))
+    ids, mask = engine.tokenizer([settings.prompt])
+    text = load_text_encoder(PARTS["text_encoder"])(ids, mask)
+    noise = torch.randn(1, 16, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    times = rcm.timesteps(1, engine.manifest.sigma_max)
+
+    def velocity(x: torch.Tensor, t: float, step: int) -> torch.Tensor:
+        timestep = (torch.tensor([t], dtype=torch.float32) * 1000).bfloat16().float()
+        return manual(x.float().bfloat16().float(), timestep, text, known, tokens)
+
+    with torch.no_grad():
+        expected = rcm.sample(velocity, [noise], times)
+    assert relative_error(first, expected) < 1e-4
+    assert relative_error(latent(wide[:, ::-1].copy()), first) > 1e-3
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_plan_knows_what_the_parts_will_take_and_what_is_loaded(precision):
     """Part sizes from shapes alone are those of the loaded modules; another precision replaces, it does not add."""
@@ -168,7 +257,7 @@ def test_the_plan_knows_what_the_parts_will_take_and_what_is_loaded(precision):
             prompt="a red circle", num_steps=1, precision=name, memory="speed", width=32, height=32, num_frames=1
         )
         quiet(engine, request)
-    assert engine.parts.nbytes == pytest.approx(sum(engine.part_sizes(_DTYPES[precision]).values()), rel=0.05)
+    assert engine.parts.nbytes == pytest.approx(sum(engine.part_sizes(_DTYPES[precision]).values()), rel=0.08)
 
 
 def test_a_second_request_finds_the_same_room(tiny, monkeypatch):

@@ -24,7 +24,7 @@ def main() -> None:
             "run": name,
             "against": reference,
             "steps": [pairs[-1][0]["step"], runs[reference][-1]["step"]],
-            "largest": {loss: max(found[loss] for found in apart if loss in found) for loss in apart[-1]},
+            "largest": {loss: max(found.get(loss, 0.0) for found in apart) for loss in LOSSES},
             "last": apart[-1],
             "seconds": [run[len(pairs) - 1]["seconds"] for run in (runs[name], runs[reference])],
         }

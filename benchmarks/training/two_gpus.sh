@@ -1,8 +1,8 @@
 #!/bin/sh
 # The same short distillation on one GPU, on two, and on two that are killed (SIGKILL) half-way and go on.
 # usage: two_gpus.sh TEACHER OUT [CONFIG]. Compare the curves with two_gpus.py OUT. PYTHON names the interpreter.
-# Without GPUs two processes on the CPU are compared with one; take a smaller CONFIG then, whose save_minutes are as few
-# as those of two-gpus.toml: a state at every line of the curve is what a kill half-way waits for.
+# The kill waits for a state at half of the steps, so a CONFIG of one's own needs a small save_minutes, too. Without GPUs
+# all three run on the CPU.
 set -eu
 teacher=$1 out=$2
 here=$(cd "$(dirname "$0")" && pwd)

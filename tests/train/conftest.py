@@ -38,6 +38,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the code widens to float32 (norms, rotations, time, head, a network's inputs) it widens to float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
 def tiny() -> Path:
     """The embedded model's folder."""
     return Path(turbowan.__file__).parent / "assets" / "tiny"

@@ -95,7 +95,7 @@ def quantize_vae(state: Mapping[str, Tensor]) -> State:
     """A VAE whose convolutions' weights are int8 with one scale per output channel; they are expanded when read."""
     out: State = {}
     for key, value in state.items():
-        if value.ndim < 3 or not key.endswith(".weight"):
+        if value.ndim < 3 or not key.endswith(".weight") or value.dtype == torch.int8:
             out[key] = value
             continue
         codes, out[f"{key}_scale"] = ops.quantize_int8_rowwise(value.flatten(1).float())

@@ -93,18 +93,23 @@ class RCM:
 
     def losses(self, batch: Batch, step: int, draws: Draws) -> dict[str, Tensor]:
         """Means over rows of the losses, each summed over a row's elements."""
-        round_number = max(0, step - self.config.tangent_warmup) // self.config.student_every
+        steps = self._turn(step) % self.config.simulation_steps + 1
         if self.trains(step) == "critic":
-            steps = (round_number + step) % self.config.simulation_steps + 1
             return {"critic": self._critic_loss(batch, steps, draws)}
         losses = {}
         if self.config.consistency_weight:
-            loss = self._consistency_loss(batch, step, round_number, draws)
-            losses["consistency"] = self.config.consistency_weight * loss
+            losses["consistency"] = self.config.consistency_weight * self._consistency_loss(batch, step, draws)
         if "critic" in self.trained and step >= self.config.tangent_warmup:
-            steps = round_number % self.config.simulation_steps + 1
             losses["score"] = self.config.score_weight * self._score_loss(batch, steps, draws)
         return losses
+
+    def _turn(self, step: int) -> int:
+        """How many steps before this one trained the same net, so that each net meets all that goes by turns."""
+        if "critic" not in self.trained:
+            return step
+        after = max(0, step - self.config.tangent_warmup)
+        students = min(step, self.config.tangent_warmup) + math.ceil(after / self.config.student_every)
+        return students if self.trains(step) == "student" else step - students
 
     @torch.no_grad()
     def _guided(self, x: Tensor, tau: Tensor, batch: Batch) -> Tensor:
@@ -115,9 +120,9 @@ class RCM:
         unwanted = predict(self.teacher, x, tau, batch, self.negative)
         return unwanted + self.config.guidance_scale * (wanted - unwanted)
 
-    def _consistency_loss(self, batch: Batch, step: int, round_number: int, draws: Draws) -> Tensor:
+    def _consistency_loss(self, batch: Batch, step: int, draws: Draws) -> Tensor:
         config = self.config
-        tau = self._consistency_time(round_number, draws)
+        tau = self._consistency_time(self._turn(step), draws)
         x = add_noise(batch.latents, draws.normal(*batch.latents.shape[1:]), tau)
         target = self._guided(x, tau, batch)
         warmth = min(1.0, step / config.tangent_warmup) if config.tangent_warmup else 1.0
@@ -128,14 +133,14 @@ class RCM:
         error = (prediction - prediction.detach() - goal).square().flatten(1).sum(dim=1)
         return _mean_of_finite(error)
 
-    def _consistency_time(self, round_number: int, draws: Draws) -> Tensor:
+    def _consistency_time(self, turn: int, draws: Draws) -> Tensor:
         """Log-normal in sigma; with two experts, of the part of it that is the high one's and the low one's in turn."""
         config = self.config
         low, high = 0.0, 1.0
         if config.boundary is not None:
             log_sigma = math.log(config.boundary / (1 - config.boundary))
             share = 0.5 * math.erfc((log_sigma - config.consistency_mean) / config.consistency_std / 2**0.5)
-            low, high = (1 - share, 1.0) if round_number % 2 == 0 else (0.0, 1 - share)
+            low, high = (1 - share, 1.0) if turn % 2 == 0 else (0.0, 1 - share)
         u = low + (high - low) * draws.uniform().double()
         normal = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))
         return (config.consistency_mean + config.consistency_std * normal).exp().atan()
@@ -179,7 +184,7 @@ class RCM:
             critic = clean(x, tau, predict(self.critic, x, tau, batch))
             teacher = clean(x, tau, self._guided(x, tau, batch))
             weight = (made - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
-            goal = made - (critic - teacher) / weight
+            goal = made - _finite_rows((critic - teacher) / weight)
         error = (made - goal).square()
         if self.config.known_frame_weight and batch.condition is not None:
             known, image = batch.condition[:, :1], batch.condition[:, 4:]
@@ -221,9 +226,13 @@ def consistency_direction(
     cos, sin = column(tau.cos()), column(tau.sin())
     g = -cos * (1 - warmth**2 * sin.square()).clamp(min=0).sqrt() * (prediction - target)
     g = g - (warmth * cos * sin * x + tangent)
-    g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
-    finite = g.flatten(1).isfinite().all(dim=1)
-    return torch.where(column(finite), g, 0.0)
+    return _finite_rows(g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1))
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """The same with 0 in every row that is not finite."""
+    finite = values.flatten(1).isfinite().all(dim=1)
+    return torch.where(column(finite), values, 0.0)
 
 
 def _mean_of_finite(rows: Tensor) -> Tensor:
