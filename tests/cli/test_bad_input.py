@@ -101,7 +101,7 @@ def extra_keys(folder: Path) -> Path:
     [
         (wrong_family, "vace.safetensors is of the family Wan VACE, which turbowan does not run"),
         (a_lora, "lora.safetensors is a LoRA, not a Wan model, VAE or text encoder"),
-        (wrong_role, "vae.safetensors is a Wan VAE (wan layout); a diffusion transformer is wanted here"),
+        (wrong_role, "vae.safetensors is a Wan VAE (wan layout, int8_row); a diffusion transformer is wanted here"),
         (renamed_zip(".pth"), "bytes) is not a readable PyTorch file"),
         (renamed_zip(".safetensors"), "bytes) is not a readable .safetensors file"),
         (truncated(".pth"), "cut.pth (100,000 bytes)"),

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 
 import turbowan
-from turbowan.checkpoints.files import read_tensors
+from turbowan.checkpoints.files import read_tensors, write_tensors
+from turbowan.models.vae import WanVAE
 
 TINY = Path(turbowan.__file__).parent / "assets" / "tiny"
 
 
 def test_prints_what_it_wrote(command_line: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    vae = TINY / "vae.safetensors"
+    vae = tmp_path / "vae.safetensors"
+    write_tensors(vae, WanVAE(16).bfloat16().state_dict())
     code, out, err = command_line("convert", vae, tmp_path / "vae", "--to", "diffusers")
     assert (code, err) == (0, "")
     names = ("diffusion_pytorch_model.safetensors", "config.json")

@@ -37,5 +37,5 @@ def test_quantised_files_are_refused(command_line: Callable[..., tuple[int, str,
     assert "int8_block): it is in 8 bits already; quantise the full-precision file" in err
     code, out, err = command_line("quantize", tiny / "vae.safetensors", tmp_path / "out.pth")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "is a Wan VAE (wan layout); a diffusion transformer is wanted here" in err
+    assert "is a Wan VAE (wan layout, int8_row); a diffusion transformer is wanted here" in err
     assert os.listdir(tmp_path) == []

@@ -96,7 +96,7 @@ def test_the_exact_player_may_be_of_another_model(players: Players, small_t2v: P
 def test_facts_say_how_it_was_sampled(players: Players, small_i2v: Path) -> None:
     facts = players.player(read_case(f"{small_i2v}:steps=1,precision=bf16,ode=true")).facts()
     assert facts == {
-        "model": "small-i2v", "sampler": "rcm", "num_steps": 1, "ode": True, "sigma_max": 80.0, "shift": 8.0,
+        "model": "small-i2v", "sampler": "rcm", "num_steps": 1, "ode": True, "sigma_max": 80.0, "shift": 5.0,
         "guidance_scale": 1.0, "boundary": 0.9, "attention": "sla", "sla_topk": 0.5, "precision": "bfloat16",
         "exact": str(small_i2v),
     }  # fmt: skip

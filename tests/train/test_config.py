@@ -7,20 +7,35 @@ from pathlib import Path
 import pytest
 
 from turbowan.errors import CheckpointError
-from turbowan.train.config import SHIPPED, read_config
+from turbowan.train.config import SHIPPED, read_config, read_tables
 from turbowan.train.flow import FlowConfig
+from turbowan.train.rcm import RCMConfig
+from turbowan.train.sla import SLAConfig
+from turbowan.train.trainer import TrainerConfig
 from turbowan.train.vae import Phase, VAEConfig
+from turbowan.train.world import WorldConfig
 
 
 def test_shipped_configurations_are_whole() -> None:
-    names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
-    assert names == ["tiny-flow", "tiny-vae"]
     vae, flow = read_config("tiny-vae", VAEConfig), read_config("tiny-flow", FlowConfig)
     assert (vae.frames, vae.height, vae.width) == (flow.frames, flow.height, flow.width) == (33, 160, 256)
     assert vae.minutes + flow.minutes <= 30  # of one H200, all stages together
     assert vae.phases[-1].until == 1.0
     assert (vae.phases[-1].height, vae.phases[-1].width) == (vae.height, vae.width)
     assert flow.dim % 128 == 0  # head size
+
+
+def test_shipped_distillations_are_whole() -> None:
+    methods = {"rcm": RCMConfig, "sla": SLAConfig}
+    for path in SHIPPED.glob("*.toml"):
+        if "[trainer]" not in path.read_text():
+            continue
+        method = "rcm" if "[rcm]" in path.read_text() else "sla"
+        tables = read_tables(path.stem, trainer=TrainerConfig, world=WorldConfig, **{method: methods[method]})
+        trained = {"student", "critic"} if method == "rcm" else {"student"}
+        assert set(tables["trainer"].lr) == trained
+        assert tables["world"].image == path.stem.startswith("tiny-i2v")
+        assert getattr(tables[method], "boundary", None) in (None, 0.9)
 
 
 def test_a_file_gives_its_values(tmp_path: Path) -> None:
@@ -51,7 +66,7 @@ def test_bad_files(tmp_path: Path, text: str, line: str) -> None:
 
 
 def test_missing_files_name_the_shipped_ones() -> None:
-    with pytest.raises(CheckpointError, match="no configuration 'tiny-vea'; shipped ones: tiny-flow, tiny-vae"):
+    with pytest.raises(CheckpointError, match=r"no configuration 'tiny-vea'; shipped ones: tiny-flow, .*, tiny-vae"):
         read_config("tiny-vea", VAEConfig)
 
 
