@@ -209,7 +209,7 @@ def test_samples_are_the_samplers(steps: int) -> None:
 
 def test_drawn_times_fall_from_pure_noise() -> None:
     method, draws = method_of(RCMConfig(score_shift=5.0)), draws_of(rows=2000)
-    times = torch.stack([method._start(draws), *method._middle_times(3, draws)])
+    times = torch.stack(method._simulation_times(4, draws))
     assert (times[0] == math.pi / 2).all()
     assert (times[1:] <= times[:-1]).all()
     assert (times > 0).all()
@@ -217,7 +217,6 @@ def test_drawn_times_fall_from_pure_noise() -> None:
     uniform = t / (5 - 4 * t)  # what 5 u / (1 + 4 u) was made of
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.03)
     assert uniform.square().mean().item() == pytest.approx(1 / 3, abs=0.03)
-    assert method._middle_times(0, draws) == []
 
 
 def test_consistency_times_are_log_normal() -> None:

@@ -53,6 +53,9 @@ class Draws:
             torch.Generator(device).manual_seed(((seed * 1_000_003 + step) * 65_537 + row) % 2**63) for row in rows
         ]
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     def normal(self, *shape: int) -> Tensor:
         """float32 [B, *shape], standard normal."""
         return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._streams])

@@ -148,29 +148,22 @@ class RCM:
     def _simulate(self, batch: Batch, steps: int, draws: Draws, gradient: bool) -> Tensor:
         """What the student makes of noise in so many steps; a gradient, if wanted, through the last one only."""
         shape = batch.latents.shape[1:]
-        tau, x = self._start(draws), draws.normal(*shape).double()
-        middle = self._middle_times(steps - 1, draws)
-        if self.config.simulation_times == "sampler":
-            x = x * column(tau.sin())
-        for i in range(steps):
+        times = self._simulation_times(steps, draws)
+        x0 = torch.zeros((), device=draws.device)
+        for i, tau in enumerate(times):
+            x = add_noise(x0, draws.normal(*shape), tau)
             with torch.set_grad_enabled(gradient and i == steps - 1):
                 x0 = clean(x, tau, predict(self.student, x, tau, batch))
-            if i < steps - 1:
-                tau = middle[i]
-                x = add_noise(x0, draws.normal(*shape), tau)
         return x0
 
-    def _start(self, draws: Draws) -> Tensor:
-        first = math.atan(self.config.sigma_max) if self.config.simulation_times == "sampler" else math.pi / 2
-        return torch.full_like(draws.uniform(), first, dtype=torch.float64)
-
-    def _middle_times(self, count: int, draws: Draws) -> list[Tensor]:
-        """Falling times [B] between the first and 0."""
+    def _simulation_times(self, steps: int, draws: Draws) -> list[Tensor]:
+        """Where the steps start: falling times [B]."""
         if self.config.simulation_times == "sampler":
-            t = rcm.timesteps(count + 1, self.config.sigma_max)[1:-1]
-            return [angle(value.to(draws.device)).expand_as(draws.uniform()) for value in t]
-        drawn = [self._score_time(draws) for _ in range(count)]
-        return list(torch.stack(drawn).sort(dim=0, descending=True).values) if drawn else []
+            t = angle(rcm.timesteps(steps, self.config.sigma_max)[:-1]).to(draws.device)
+            return list(t[:, None].expand(-1, len(draws)))
+        first = torch.full((len(draws),), math.pi / 2, dtype=torch.float64, device=draws.device)
+        drawn = torch.stack([first, *(self._score_time(draws) for _ in range(steps - 1))])
+        return list(drawn.sort(dim=0, descending=True).values)
 
     def _score_time(self, draws: Draws) -> Tensor:
         u = draws.uniform().double()
