@@ -1,5 +1,6 @@
 """Compare the curves of two_gpus.sh: the largest relative difference of each loss, of two GPUs from one, and of a run
-killed half-way and resumed from the unbroken one. A run that was cut short counts as far as it went, which is printed."""
+killed half-way and resumed from the unbroken one. A run that was cut short is compared as far as it went: `steps` says
+how far, and how far the other went."""
 
 import json
 import sys

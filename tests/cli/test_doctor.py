@@ -121,8 +121,8 @@ def test_json_is_one_line_of_true_facts(doctor) -> None:
     assert 1 <= report["cpu_threads"] <= (os.cpu_count() or 1)
     assert report["memory"] > report["memory_free"] > 0
     assert report["encoders"] == {"H.264": None, "VP9": None}
-    files = {role: Path(path) for role, path in report["embedded_model"].items()}
-    assert {"transformer", "vae", "text_encoder", "tokenizer"} == set(files)
+    files = {role: Path(path) for role, path in report["embedded_models"]["tiny-i2v"].items()}
+    assert {"high_noise", "low_noise", "vae", "text_encoder", "tokenizer"} == set(files)
     assert all(path.exists() for path in files.values())
     assert report["tokenizers"]["tiny"] == str(files["tokenizer"])
 
@@ -208,9 +208,9 @@ def test_an_embedded_model_that_is_not_whole(tmp_path) -> None:
     done = run_copy(tmp_path)
     assert done.returncode == 2, done.stderr
     report = json.loads(done.stdout)
-    assert report["embedded_model"] is None
-    assert len(report["problems"]) == 1
-    assert report["problems"][0].startswith("the embedded model is not whole (")
+    assert report["embedded_models"] == {"tiny": None, "tiny-base": None, "tiny-i2v": None}  # they share the file
+    assert len(report["problems"]) == 3
+    assert report["problems"][0].startswith("the embedded model tiny is not whole (")
     assert str(tiny / "vae.safetensors") in report["problems"][0]
     assert report["problems"][0].endswith("; install turbowan again")
     assert report["tokenizers"] == {"tiny": None, "google/umt5-xxl": str(snapshot)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from turbowan.errors import CheckpointError
-from turbowan.train.config import SHIPPED, read_config, read_tables
+from turbowan.train.config import SHIPPED, read_config, read_table, read_tables
 from turbowan.train.flow import FlowConfig
 from turbowan.train.rcm import RCMConfig
 from turbowan.train.sla import SLAConfig
@@ -63,6 +63,59 @@ def test_bad_files(tmp_path: Path, text: str, line: str) -> None:
         read_config(str(path), VAEConfig)
     assert str(caught.value).startswith(line.format(path=path))
     assert "\n" not in str(caught.value)
+
+
+TABLES = """
+[trainer]
+steps = 7
+batch = 3
+lr = { student = 1e-4 }
+betas = [0.0, 0.99]
+
+[sla]
+top_k = 0.25
+blocks = [[64, 64], [128, 64]]
+noise_range = [0.9, 1.0]
+"""
+
+
+def test_tables_fill_a_dataclass_each(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TABLES)
+    found = read_tables(str(path), trainer=TrainerConfig, sla=SLAConfig, world=WorldConfig)
+    assert found["trainer"] == TrainerConfig(steps=7, batch=3, lr={"student": 1e-4}, betas=[0.0, 0.99])
+    assert found["sla"] == SLAConfig(top_k=0.25, blocks=[[64, 64], [128, 64]], noise_range=[0.9, 1.0])
+    assert found["world"] == WorldConfig()  # a table that is missing is empty
+    assert read_table(str(path), "sla", SLAConfig) == found["sla"]
+    assert read_table(str(path), "world", WorldConfig) == WorldConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TABLES + "[rcm]\n", "{path} takes the tables trainer, sla, world; got trainer, sla, rcm"),
+        ("steps = 5\n" + TABLES, "{path} takes the tables trainer, sla, world; got steps, trainer, sla"),
+        (TABLES + "top = 1\n", "{path} [sla] has keys this stage does not know: top"),
+        (TABLES.replace("batch", "bach"), "{path} [trainer] has keys this stage does not know: bach"),
+        (TABLES.replace("batch = 3", ""), "{path} [trainer]: "),
+        (TABLES.replace("0.25", "2.5"), "{path} [sla]: sla_topk must be in (0, 1], got 2.5"),
+        (TABLES + "[world]\nframes = 8\n", "{path} [world]: clips have 4 k + 1 frames"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_tables(str(path), trainer=TrainerConfig, sla=SLAConfig, world=WorldConfig)
+    assert str(caught.value).startswith(line.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_should_be_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("world = 5\n")
+    with pytest.raises(CheckpointError, match=r"bad.toml \[world\] must be a table of settings, got 5"):
+        read_table(str(path), "world", WorldConfig)
 
 
 def test_missing_files_name_the_shipped_ones() -> None:

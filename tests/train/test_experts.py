@@ -61,7 +61,7 @@ def learners(method: RCM, step: int) -> set[str]:
 
 
 def test_each_learns_from_its_own_noise() -> None:
-    """Consistency in turn; of samples of 1 to 4 steps (0.995, 0.934, 0.853, 0.609 the last one's time) the last step."""
+    """Consistency in turn; a sample by its last step, which of 1 to 4 is at 0.995, 0.934, 0.853 and 0.609."""
     net = WanTransformer(SIZES)
     student = Experts(net, 0.9)
     settings = {"guidance_scale": 1.0, "simulation_times": "sampler", "sigma_max": 200.0, "boundary": 0.9}

@@ -8,9 +8,11 @@ import torch
 from turbowan.checkpoints import load_text_encoder, load_transformer, load_vae
 from turbowan.checkpoints.tokenizer import find_tokenizer
 from turbowan.engine import EMBEDDED
+from turbowan.errors import CheckpointError
 from turbowan.models.tokenizer import TEXT_LENGTH
-from turbowan.train.flow import FlowConfig, FlowModel, Pool, draw_times, export, make_optimizers, preview, train_flow
+from turbowan.train.flow import FlowConfig, FlowModel, draw_times, export, make_optimizers, preview, train_flow
 from turbowan.train.tokenizer import VOCABULARY
+from turbowan.train.world import Pool
 
 TINY = EMBEDDED / "tiny"
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def held_out_loss(model: FlowModel, config: FlowConfig, parts) -> float:
     pool = Pool(config, *parts, CPU, seed=10**6)
     pool.add(8)
     generator = torch.Generator().manual_seed(3)
-    latent, ids = pool.draw(generator)
+    latent, ids, _ = pool.rows(*torch.rand(3, config.batch, generator=generator))
     noise = torch.randn(latent.shape, generator=generator)
     t = torch.full((config.batch,), 0.7)
     with torch.no_grad():
@@ -71,28 +73,31 @@ def test_what_is_exported_computes_the_same(tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_the_pool_replaces_its_oldest_and_draws_captions_of_its_clips(parts):
-    config = FlowConfig(minutes=1, **{**SMALL, "pool_size": 12, "refresh_clips": 8, "empty_prompts": 0.0})
-    pool = Pool(config, *parts, CPU, seed=4)
-    pool.add(8)
-    first = pool.latents.clone()
-    pool.add(8)
-    assert len(pool) == 12
-    assert not torch.equal(pool.latents[:4], first[:4])
-    assert torch.equal(pool.latents[4:8], first[4:8])
-    latent, ids = pool.draw(torch.Generator().manual_seed(0))
-    for row, words in zip(latent, ids, strict=True):
-        (place,) = (pool.latents == row).flatten(1).all(dim=1).nonzero().flatten().tolist()
-        assert any(torch.equal(words.short(), kept) for kept in pool.ids[place])
+def test_image_to_video_goes_on_from_text_to_video(tmp_path, parts, clock, fresh_seed):
+    """It starts as the other's function, whatever the condition, and learns with the text encoder as it is."""
+    text = FlowModel(FlowConfig(minutes=1, **SMALL), VOCABULARY)
+    torch.nn.init.normal_(text.transformer.head.head.weight, std=0.1)
+    export(text, tmp_path)
+    init = tmp_path / "transformer.safetensors", tmp_path / "text_encoder.safetensors"
+    config = FlowConfig(minutes=5 / 60, image=True, text_lr=0.0, first_frame_weight=2.0, **SMALL)
+    start = FlowModel(config, VOCABULARY)
+    start.start_from(*init)
+    text.start_from(*init)  # rounded to bfloat16, too
+    given = torch.randn(2, 16, 2, 4, 6), torch.tensor([300.0, 950.0]), torch.tensor([[5, 9, 77, 1, 0]] * 2)
+    with torch.no_grad():
+        assert torch.allclose(start(*given, torch.randn(2, 20, 2, 4, 6)), text(*given), atol=1e-5)
+    trained = train_flow(config, tmp_path / "run", *parts, VOCABULARY, CPU, init=init)
+    for name, value in trained.text_encoder.state_dict().items():
+        assert torch.equal(value, start.text_encoder.state_dict()[name]), name
+    assert trained.transformer.patch_embedding.weight[:, 64:].any()
 
 
-def test_empty_prompts_have_their_share(parts):
-    config = FlowConfig(minutes=1, **{**SMALL, "batch": 400, "empty_prompts": 0.25})
-    pool = Pool(config, *parts, CPU, seed=4)
-    pool.add(8)
-    _, ids = pool.draw(torch.Generator().manual_seed(0))
-    empty = parts[1]([""])[0][0, : config.text_rows]
-    assert float((ids == empty).all(dim=1).float().mean()) == pytest.approx(0.25, abs=0.07)
+def test_files_that_do_not_fit_are_one_line(tmp_path):
+    export(FlowModel(FlowConfig(minutes=1, **SMALL), VOCABULARY), tmp_path)
+    wide = FlowModel(FlowConfig(minutes=1, **{**SMALL, "ffn_dim": 256}), VOCABULARY)
+    with pytest.raises(CheckpointError, match=r"transformer.safetensors does not fit the configuration") as error:
+        wide.start_from(tmp_path / "transformer.safetensors", tmp_path / "text_encoder.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_shifted_times_are_high():

@@ -12,7 +12,7 @@ import torch
 
 import turbowan
 from turbowan.models.tokenizer import Tokenizer
-from turbowan.world.captions import caption
+from turbowan.world.captions import camera_captions, caption
 from turbowan.world.scenes import CAMERA_TEXTURES, CAMERAS, COLOURS, MOTIONS, SHAPES, TEXTURES, Scenes, draw_scenes
 
 SPIECE = Path(turbowan.__file__).parent / "assets" / "tiny" / "tokenizer" / "spiece.model"
@@ -85,17 +85,35 @@ def test_shape_captions_say_everything(fresh_seed: int) -> None:
             assert said["size"] == ("large" if scenes.large[i] else "small"), text
 
 
+CAMERA_WAYS = {
+    "pan left": r"(pans|moves to the|pans to the) left", "pan right": r"(pans|moves to the|pans to the) right",
+    "pan up": r"(pans|moves|tilts) up", "pan down": r"(pans|moves|tilts) down",
+    "zoom in": r"zooms in|moves closer", "zoom out": r"zooms out|moves away",
+}  # fmt: skip
+
+
+def read_camera(text: str) -> list[str]:
+    return [name for name, way in CAMERA_WAYS.items() if re.search(way, text)]
+
+
+def test_captions_of_pictures_say_the_cameras_way_alone(fresh_seed: int) -> None:
+    camera = torch.randint(len(CAMERAS), (1500,), generator=torch.Generator().manual_seed(fresh_seed))
+    texts = camera_captions(camera, random.Random(fresh_seed))
+    others = rf"{COLOUR}|gray|{'|'.join(TEXTURE_WORDS.values())}|cloud|mist|fog|{'|'.join(NOUNS)}"
+    for index, text in zip(camera.tolist(), texts, strict=True):
+        assert read_camera(text.lower()) == [CAMERAS[index]], text
+        assert not re.search(others, text.lower()), text
+    assert len(set(texts)) > 100
+    assert texts == camera_captions(camera, random.Random(fresh_seed))
+    assert texts != camera_captions(camera, random.Random(fresh_seed + 1))
+
+
 def test_camera_captions_say_everything(fresh_seed: int) -> None:
     scenes = scenes_of(fresh_seed, 1500, camera_share=1.0)
     colours = list(COLOURS)
-    ways = {
-        "pan left": r"(pans|moves to the|pans to the) left", "pan right": r"(pans|moves to the|pans to the) right",
-        "pan up": r"(pans|moves|tilts) up", "pan down": r"(pans|moves|tilts) down",
-        "zoom in": r"zooms in|moves closer", "zoom out": r"zooms out|moves away",
-    }  # fmt: skip
     for i, text in enumerate(caption(scenes, random.Random(fresh_seed))):
         lower = text.lower().replace("gray", "grey")
-        assert [name for name, way in ways.items() if re.search(way, lower)] == [CAMERAS[scenes.camera[i]]], text
+        assert read_camera(lower) == [CAMERAS[scenes.camera[i]]], text
         assert set(re.findall(COLOUR, lower)) == {colours[scenes.colour[i]], colours[scenes.background[i]]}, text
         textures = [n for n, words in {**TEXTURE_WORDS, "cloudy": "cloud|mist|fog"}.items() if re.search(words, lower)]
         assert textures == [CAMERA_TEXTURES[scenes.texture[i]]], text
@@ -114,6 +132,7 @@ def test_wordings_vary_and_are_english(fresh_seed: int) -> None:
     texts = caption(one, random.Random(fresh_seed))
     assert len(set(texts)) > 100
     texts += caption(scenes_of(fresh_seed, camera_share=0.3), random.Random(fresh_seed))
+    texts += camera_captions(torch.arange(6).repeat(100), random.Random(fresh_seed))
     for text in texts:
         assert not re.search(r"\b[aA] [aeiou]|\b[aA]n [^aeiou]|  |,,| ,|\.\.", text), text
     assert any(t[0].isupper() for t in texts)
@@ -136,6 +155,9 @@ def test_every_word_is_known(fresh_seed: int, pieces: sentencepiece.SentencePiec
     assert sum(pieces.is_byte(token) for token in flat) < 0.003 * len(flat)  # the j of "jumps"
     assert max(len(row) for row in tokens) + 2 <= TEXT_ROWS
     assert len(flat) < 1.5 * sum(len(text.split()) for text in texts)
+    ways = pieces.encode(camera_captions(torch.arange(6).repeat(200), random.Random(fresh_seed)))
+    assert not any(pieces.is_unknown(token) for row in ways for token in row)
+    assert max(len(row) for row in ways) + 2 <= TEXT_ROWS
 
 
 @pytest.mark.parametrize(

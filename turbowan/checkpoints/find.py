@@ -38,6 +38,11 @@ def find_model(model: str | Path | None, files: dict[str, Path]) -> Manifest:
     return manifest
 
 
+def embedded_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in EMBEDDED.glob(f"*/{FILE_NAME}"))
+
+
 def default_model(has_image: bool) -> str:
     """The embedded model for a request without named files."""
     return "tiny-i2v" if has_image else "tiny"
@@ -54,7 +59,7 @@ def _find_named(model: str) -> Manifest:
         return read_manifest(path)
     if path.exists():
         raise CheckpointError(f"{path} is a single file; name it as --transformer, with --vae and --text-encoder")
-    known = ", ".join(sorted(p.parent.name for p in EMBEDDED.glob(f"*/{FILE_NAME}"))) or "none"
+    known = ", ".join(embedded_models()) or "none"
     raise CheckpointError(f"there is no model '{model}': it is no folder, no manifest and not embedded ({known})")
 
 

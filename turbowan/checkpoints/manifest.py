@@ -106,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
         what = f"unknown key {unknown[0]}" if unknown else f"no {missing[0]}"
         raise CheckpointError(f"{path} has {what}; known keys: {', '.join(sorted(allowed))}")
     _check_types(values, str(path))
-    values["files"] = {role: path.parent / file for role, file in values["files"].items()}
+    values["files"] = {role: Path(os.path.normpath(path.parent / file)) for role, file in values["files"].items()}
     manifest = Manifest(**values)
     check_manifest(manifest, str(path))
     return manifest

@@ -74,6 +74,7 @@ def _why(choice: Choice) -> str:
 def _examine_parts(report: dict[str, Any]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from ..checkpoints.find import default_model, embedded_models
     from ..checkpoints.tokenizer import HUB_NAME, in_hub_cache
     from ..engine import Engine
     from ..errors import TurbowanError
@@ -85,13 +86,16 @@ def _examine_parts(report: dict[str, Any]) -> None:
         if problem is not None:
             line = f"the video encoder {name} does not work ({problem}); reinstall it: pip install --force-reinstall av"
             report["problems" if name == "H.264" else "notes"].append(line)
-    try:
-        model = Engine.load("tiny", device="cpu").manifest
-        report["embedded_model"] = {role: str(path) for role, path in model.files.items()}
-    except TurbowanError as error:
-        report["embedded_model"] = None
-        report["problems"].append(f"the embedded model is not whole ({error}); install turbowan again")
-    report["tokenizers"] = {"tiny": (report["embedded_model"] or {}).get("tokenizer"), HUB_NAME: None}
+    report["embedded_models"] = {}
+    for name in embedded_models():
+        try:
+            files = Engine.load(name, device="cpu").manifest.files
+            report["embedded_models"][name] = {role: str(path) for role, path in files.items()}
+        except TurbowanError as error:
+            report["embedded_models"][name] = None
+            report["problems"].append(f"the embedded model {name} is not whole ({error}); install turbowan again")
+    tiny = report["embedded_models"].get(default_model(has_image=False))
+    report["tokenizers"] = {"tiny": tiny["tokenizer"] if tiny else None, HUB_NAME: None}
     cached = in_hub_cache()
     if cached is not None:
         report["tokenizers"][HUB_NAME] = str(cached)
@@ -163,7 +167,7 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         found = [f"{name}: {problem or 'works'}" for name, problem in report["encoders"].items()]
         rows += [
             ("video", ", ".join(found)),
-            ("embedded model", "complete" if report["embedded_model"] else "not whole"),
+            ("embedded models", ", ".join(n if f else f"{n} not whole" for n, f in report["embedded_models"].items())),
             *((f"tokenizer {name}", where or "not here") for name, where in report["tokenizers"].items()),
             ("hub cache", f"{report['hub_cache']}, {size_text(report['hub_cache_free'])} free"),
         ]

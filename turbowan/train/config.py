@@ -68,7 +68,9 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
 
 
-def _fill(kind: type[T], values: dict[str, Any], where: str) -> T:
+def _fill(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} must be a table of settings, got {values!r}")
     unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
     if unknown:
         raise CheckpointError(f"{where} has keys this stage does not know: {', '.join(unknown)}")
