@@ -44,6 +44,15 @@ def test_warnings_for_users_become_notes_and_others_stay_silent(capsys):
     assert warnings.showwarning is before
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_under_torchrun_a_note_comes_once(monkeypatch, capsys, rank: str, lines: int):
+    monkeypatch.setenv("RANK", rank)
+    with exit_codes("program"):
+        warnings.simplefilter("always")
+        warnings.warn("four steps are few", Note, stacklevel=1)
+    assert capsys.readouterr().err.count("note: four steps are few") == lines
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ def exit_codes(program: str) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, Note):
+        if issubclass(category, Note) and os.environ.get("RANK", "0") == "0":  # torchrun's other processes say the same
             print(f"{program}: note: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -79,6 +79,9 @@ def test_from_the_world_to_a_merged_student(command_line: CommandLine, files: Pa
     assert Shards(data).shapes["latent"] == (16, 3, 8, 12)
 
     how = ("sla", "--out", files / "sla", "--teacher", teacher, "--config", files / "sla.toml", "--device", "cpu")
+    code, _, err = command_line("train", *how, "--data", data, "--frames", 4)
+    assert (code, err.splitlines()) == (2, [err.strip()])
+    assert "has 3 latent frames, fewer than the 4 to be kept" in err
     on_shards = (*how, "--data", data / "*.tar", "--frames", 2)
     out, _ = train(*on_shards, "--max-minutes", 0)
     assert out.endswith(f"{files / 'sla'}: not done yet; run again to go on\n")
@@ -121,7 +124,7 @@ def test_what_is_refused(command_line: CommandLine, files: Path) -> None:
         ("sla", *run, "--config", files / "rcm.toml"): "takes the tables trainer, world, sla; got trainer, rcm, world",
         ("sla", *run, "--config", files / "sla.toml", "--data", files): "there is no .tar shard at",
         ("rcm", *run, "--config", files / "rcm.toml", "--model", "tinny"): "there is no model 'tinny'",
-        ("rcm", *run, "--config", files / "image.toml"): "this model takes 16 channels (16 latent",
+        ("rcm", *run, "--config", files / "image.toml"): "0 condition channels; the data has 128 and 20",
         ("export", files, "--out", files / "x.pth"): "holds no training state",
     }
     for arguments, message in cases.items():

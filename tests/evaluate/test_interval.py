@@ -34,6 +34,11 @@ def test_of_nothing_nothing_is_known() -> None:
     assert ratio([1.0], [0.0]) is None
 
 
+def test_one_item_has_no_interval() -> None:
+    assert mean([None, 3.0]) == {"mean": 3.0, "low": None, "high": None, "total": 1}
+    assert ratio([1.0, 2.0], [4.0, None]) == {"ratio": 0.25, "low": None, "high": None, "total": 1}
+
+
 def test_a_share_lies_within_its_interval() -> None:
     for total in range(1, 60):
         for right in range(total + 1):

@@ -48,6 +48,18 @@ def test_by_hand() -> None:
     assert "change" not in found  # the reference lacks it
 
 
+def test_a_measure_of_one_prompt_has_no_interval() -> None:
+    cases = {
+        name: {"right": {"all": [True], "direction": [True]}, "values": {"travel": [travel]}}
+        for name, travel in (("teacher", 1.0), ("student", 2.0))
+    }
+    one = {"cases": cases, "answers": {"direction": ["left"]}, "against": "teacher"}
+    summary = summarise(one)
+    assert summary["student"]["against"]["travel"] == {"ratio": 2.0, "low": None, "high": None, "total": 1}
+    header, rows = table({**one, "summary": summary})
+    assert dict(zip(header, rows[1], strict=True))["travel"] == "2 = 200 %"
+
+
 def test_a_reference_that_is_not_there_is_not_compared_with() -> None:
     summary = summarise({**PART, "against": "world"})
     assert all("against" not in found for found in summary.values())

@@ -1,5 +1,7 @@
 """Dense attention against its formula, and the last key that stands for many."""
 
+import sys
+
 import pytest
 import torch
 
@@ -51,3 +53,27 @@ def test_does_not_write_to_its_inputs():
     before = [x.clone() for x in (q, k, v)]
     ops.attention(q, k, v, last_key_count=7)
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_tangents_come_piece_by_piece(count, monkeypatch, relative_error):
+    """Under forward-mode AD queries are taken a few at a time, with the same values and tangents as all at once."""
+    q, k, v, *moves = (torch.randn(2, rows, 3, 64, dtype=torch.float64) for rows in (77, 130, 130) * 2)
+
+    def run(scores: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(sys.modules["turbowan.ops.attention"], "_PLAIN_SCORES", scores)
+        return torch.func.jvp(lambda *x: ops.attention(*x, count), (q, k, v), tuple(moves))
+
+    for whole, pieces in zip(run(1 << 27), run(2 * 3 * 131 * 5), strict=True):
+        assert relative_error(pieces, whole) < 1e-12
+    step = 1e-5
+    ahead, behind = (
+        formula_with_count(*(x + sign * step * m for x, m in zip((q, k, v), moves, strict=True)), count)
+        for sign in (1, -1)
+    )
+    assert relative_error(run(7)[1], (ahead - behind) / (2 * step)) < 1e-6
+
+
+def formula_with_count(q, k, v, count):
+    k, v = (torch.cat([x, x[:, -1:].expand(-1, count - 1, -1, -1)], dim=1) for x in (k, v))
+    return formula(q, k, v)

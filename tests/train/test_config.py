@@ -36,6 +36,12 @@ def test_shipped_distillations_are_whole() -> None:
         assert set(tables["trainer"].lr) == trained
         assert tables["world"].image == path.stem.startswith("tiny-i2v")
         assert getattr(tables[method], "boundary", None) in (None, 0.9)
+        assert tables["trainer"].save_minutes == 2.5  # of minutes of training; others save twice an hour
+
+
+def test_long_runs_are_not_held_up_by_their_states() -> None:
+    """A state of the 14B with a critic is some 400 GB (28 bytes a weight): written twice an hour by default."""
+    assert TrainerConfig(steps=1, batch=1).save_minutes == 30
 
 
 def test_a_file_gives_its_values(tmp_path: Path) -> None:
@@ -108,6 +114,64 @@ def test_bad_tables(tmp_path: Path, text: str, line: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_tables(str(path), trainer=TrainerConfig, sla=SLAConfig, world=WorldConfig)
     assert str(caught.value).startswith(line.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+RCM_TABLE = """
+[rcm]
+student_every = 5
+tangent_warmup = 0
+guidance_scale = 3.0
+simulation_steps = 4
+top_k = 0.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("batch = 3", "batch = 4.0", "[trainer]: batch must be a whole number, got 4.0"),
+        ("batch = 3", "batch = true", "[trainer]: batch must be a positive number, got True"),
+        ("batch = 3", "batch = 3\nlog_steps = 2.5", "[trainer]: log_steps must be a whole number, got 2.5"),
+        ("batch = 3", "batch = 3\nwarmup = -1", "[trainer]: warmup must be a number from 0 on, got -1"),
+        ("batch = 3", "batch = 3\nwarmup = 1.5", "[trainer]: warmup must be a whole number, got 1.5"),
+        ("batch = 3", "batch = 3\nseed = -2", "[trainer]: seed must be a number from 0 on, got -2"),
+        ("batch = 3", "batch = 3\nclip = -0.5", "[trainer]: clip must be a number from 0 on, got -0.5"),
+        ("batch = 3", "batch = 3\nclip = nan", "[trainer]: clip must be a number from 0 on, got nan"),
+        ("batch = 3", "batch = 3\nsave_minutes = inf", "[trainer]: save_minutes must be a positive number, got inf"),
+        ("batch = 3", 'batch = 3\nema = "a"', "[trainer]: ema must be a number from 0 on, got 'a'"),
+        ("{ student = 1e-4 }", "1e-5", "[trainer]: lr must give a rate from 0 on for each trained net, "),
+        ("{ student = 1e-4 }", "{ student = -1 }", "[trainer]: lr must give a rate from 0 on for each trained net, "),
+        ("{ student = 1e-4 }", '{ student = "a" }', "[trainer]: lr must give a rate from 0 on for each trained net, "),
+        ("[0.0, 0.99]", "[0.9]", "[trainer]: betas must be two numbers, got [0.9]"),
+        ("[0.0, 0.99]", '[0.9, "a"]', "[trainer]: betas must be two numbers, got [0.9, 'a']"),
+        ("[0.0, 0.99]", "[0.9, 1.0]", "[trainer]: betas must be at least 0 and below 1, got [0.9, 1.0]"),
+        ("[[64, 64], [128, 64]]", "[[64.0, 64]]", "[sla]: blocks must be pairs such as [[128, 64]], got [[64.0, 64]]"),
+        ("[[64, 64], [128, 64]]", "64", "[sla]: blocks must be pairs such as [[128, 64]], got 64"),
+        ("[0.9, 1.0]", "[0.9]", "[sla]: noise_range must be two numbers, got [0.9]"),
+        ("0.25", '"a"', "[sla]: top_k must be a number, got 'a'"),
+        ("0.25", "0.25\nsampler_steps = 4.0", "[sla]: sampler_steps must be a whole number, got 4.0"),
+        ("student_every = 5", "student_every = 2.5", "[rcm]: student_every must be a whole number, got 2.5"),
+        ("tangent_warmup = 0", "tangent_warmup = -1", "[rcm]: tangent_warmup must be a number from 0 on, got -1"),
+        ("tangent_warmup = 0", "tangent_warmup = 0.5", "[rcm]: tangent_warmup must be a whole number, got 0.5"),
+        ("simulation_steps = 4", "simulation_steps = 4.0", "[rcm]: simulation_steps must be a whole number, got 4.0"),
+        ("guidance_scale = 3.0", 'guidance_scale = "a"', "[rcm]: guidance_scale must be a number, got 'a'"),
+        ("top_k = 0.1", 'boundary = "a"', "[rcm]: boundary must be a number, got 'a'"),
+        ("top_k = 0.1", "top_k = 0.1\n[world]\nframes = 33.0", "[world]: frames must be a whole number, got 33.0"),
+        ("top_k = 0.1", 'top_k = 0.1\n[world]\ncamera_share = "a"', "[world]: camera_share, picture_share, their sum"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_line(tmp_path: Path, old: str, new: str, line: str) -> None:
+    """When the file is read, not when the first step needs them."""
+    path, text = tmp_path / "bad.toml", TABLES + RCM_TABLE
+    assert text.count(old) == 1
+    kinds = {"trainer": TrainerConfig, "sla": SLAConfig, "rcm": RCMConfig, "world": WorldConfig}
+    path.write_text(text)
+    read_tables(str(path), **kinds)
+    path.write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError) as caught:
+        read_tables(str(path), **kinds)
+    assert str(caught.value).startswith(f"{path} {line}")
     assert "\n" not in str(caught.value)
 
 

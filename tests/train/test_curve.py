@@ -27,6 +27,12 @@ def test_lines_are_added_read_and_cut(tmp_path):
         curve.add(tmp_path / "none" / "curve.jsonl", {"step": 1})
 
 
+def test_a_line_is_printed_too(tmp_path, capsys):
+    curve.log(tmp_path / "curve.jsonl", {"step": 3, "loss": 0.1234567, "norm": math.inf})
+    assert capsys.readouterr().out == "step 3  loss 0.12346  norm inf\n"
+    assert curve.read(tmp_path / "curve.jsonl") == [{"step": 3, "loss": 0.1234567, "norm": None}]
+
+
 def ink(path, row: int) -> np.ndarray:
     """Where the moving mean runs in a panel: the mean height of its colour by column, NaN where there is none."""
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=int)[220 * row : 220 * (row + 1)]

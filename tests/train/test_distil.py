@@ -31,14 +31,15 @@ RCM = RCMConfig(guidance_scale=2.0, student_every=2, simulation_times="sampler",
 class Latents:
     """Row r of step s is always the same; with a condition for image-to-video."""
 
-    negative = torch.zeros(1, 3, 24)
+    negative, text_dim = torch.zeros(1, 3, 24), 24
 
     def __init__(self, image: bool = False) -> None:
-        self.image = image
+        self.condition_channels = 20 if image else 0
 
     def batch(self, step: int, rows: range) -> Batch:
         draws = Draws(3, step, rows, CPU)
-        return Batch(draws.normal(16, 2, 6, 8), draws.normal(5, 24), draws.normal(20, 2, 6, 8) if self.image else None)
+        condition = draws.normal(20, 2, 6, 8) if self.condition_channels else None
+        return Batch(draws.normal(16, 2, 6, 8), draws.normal(5, 24), condition)
 
 
 def settings(steps: int = 4, **changes: object) -> TrainerConfig:
@@ -114,7 +115,24 @@ def test_two_experts(tmp_path: Path) -> None:
 def test_a_start_of_another_size_is_one_line(tmp_path: Path) -> None:
     teacher = file_of(tmp_path / "teacher.safetensors")
     other = file_of(tmp_path / "other.safetensors", ffn_dim=160, has_sla=True)
+    said = r"other.safetensors is of another size than the teacher \(ffn_dim 160 and 96\); take one of the same size"
     for train, how in ((train_sla, SLAConfig()), (train_rcm, RCM)):
-        with pytest.raises(CheckpointError, match=r"other.safetensors has width, .* \(128, 160, 1, 16\), the teacher"):
+        with pytest.raises(CheckpointError, match=said):
             train(how, settings(), teacher, Latents(), tmp_path / "run", CPU, start=other)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"text_dim": 32}, "takes texts of width 32 and 0 condition channels; the data has 24 and 0"),
+        ({"in_dim": 36}, "takes texts of width 24 and 20 condition channels; the data has 24 and 0"),
+        ({"in_dim": 36, "image_dim": 48}, "takes CLIP tokens"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_the_data_is_one_line(tmp_path: Path, sizes: dict, said: str) -> None:
+    teacher = file_of(tmp_path / "teacher.safetensors", **sizes)
+    for train, how in ((train_sla, SLAConfig()), (train_rcm, RCM)):
+        with pytest.raises(CheckpointError, match=said):
+            train(how, settings(), teacher, Latents(), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()

@@ -36,7 +36,7 @@ else:
     raise AssertionError("6 rows were split into 4 parts")
 
 layer = torch.nn.Linear(3, 4)
-distributed.shard(layer, device)
+distributed.place(layer, device)
 loss = layer(torch.ones(1, 3))[0]
 (loss[0] * float("nan") + loss[1] * float("inf") + 3 * loss[3]).backward()
 norm, nonfinite = mend_and_clip(list(layer.parameters()), 1.0)

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from turbowan.errors import CheckpointError
-from turbowan.train.loop import CURVE_FILE, STATE_FILE, Average, Schedule, Stage, clip_and_step
+from turbowan.train.curve import CURVE_FILE
+from turbowan.train.ema import ExponentialAverage
+from turbowan.train.loop import STATE_FILE, Schedule, Stage, clip_and_step
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,7 @@ def test_the_rate_rises_then_falls_along_a_cosine():
 
 def test_the_average_is_the_one_it_says():
     layer = nn.Linear(3, 2)
-    average = Average(layer, decay=0.9)
+    average = ExponentialAverage(layer, 0.9)
     expected = layer.weight.detach().clone()
     for step in range(200):
         with torch.no_grad():
@@ -48,7 +50,7 @@ def train(folder, steps: int, minutes: float = 60.0) -> tuple[list[torch.Tensor]
     torch.manual_seed(0)
     layer = nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    average = Average(layer, 0.9)
+    average = ExponentialAverage(layer, 0.9)
     stage = Stage(folder, minutes, None, {"layer": layer, "optimizer": optimizer, "average": average}, CPU)
     while stage.running and stage.step < steps:
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(stage.step))

@@ -52,13 +52,18 @@ def source(shards: Shards, fresh_seed: int) -> Iterator[Callable[..., ShardSourc
         one.close()
 
 
+def padded(text: Tensor) -> Tensor:
+    """A text as the network gets it: a row stands for the empty end of the 512."""
+    return torch.cat([text.float(), torch.zeros(1, 32)])
+
+
 def which(batch: Batch) -> list[int]:
     """The numbers of a batch's clips, by their latents; text and condition must be theirs."""
     clips = [sample(number) for number in range(CLIPS)]
     found = []
     for latent, text, condition in zip(batch.latents, batch.text, batch.condition, strict=True):
         (number,) = (i for i, clip in enumerate(clips) if torch.equal(latent, clip.latent.float()))
-        assert torch.equal(text, clips[number].text.float())
+        assert torch.equal(text, padded(clips[number].text))
         assert torch.equal(condition, clips[number].condition.float())
         found.append(number)
     return found
@@ -152,7 +157,7 @@ def test_the_negative_text(source: Callable[..., ShardSource], shards: Shards, t
     data: Source = source(negative=tmp_path / "official.pt")
     assert torch.equal(data.negative, full[None].float())
     beside = shards.files[0].with_name(NEGATIVE_FILE)
-    assert torch.equal(source().batch(0, range(1)).text[0], sample(source().numbers(0, range(1))[0]).text.float())
+    assert torch.equal(source().batch(0, range(1)).text[0], padded(sample(source().numbers(0, range(1))[0]).text))
     with pytest.raises(CheckpointError, match=r"negative\.pt does not exist; guidance needs"):
         _ = source().negative
     torch.save(closed[None], beside)
@@ -177,6 +182,23 @@ def test_negative_texts_that_are_refused(
     with pytest.raises(CheckpointError, match=rf"n\.pt.* {message}") as error:
         _ = source(negative=tmp_path / "n.pt").negative
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [3, 511, 512])
+def test_what_a_text_leaves_out_is_zero(rows: int, tmp_path: Path, fresh_seed: int) -> None:
+    """Whether its last row is a token's or empty, a network makes the same of it as of all 512 rows."""
+    texts = [torch.randn(rows, 32).bfloat16() for _ in range(2)]
+    texts[1][-1] = 0
+    write_shards(lambda numbers: (Sample(sample(n).latent, texts[n], "") for n in numbers), 2, tmp_path)
+    source = ShardSource(Shards(tmp_path), 2, CPU, seed=fresh_seed)
+    batch, numbers = source.batch(0, range(2)), source.numbers(0, range(2))
+    source.close()
+    assert batch.text.shape == (2, min(rows + 1, 512), 32)
+    whole = torch.stack([torch.cat([texts[n].float(), torch.zeros(512 - rows, 32)]) for n in numbers])
+    net = WanTransformer(TransformerConfig(dim=128, ffn_dim=128, num_layers=1, text_dim=32))
+    with torch.no_grad():
+        short, full = (net(batch.latents, torch.full((2,), 500.0), text, text_rows=512) for text in (batch.text, whole))
+    assert torch.allclose(short, full, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [0, CLIPS + 1])

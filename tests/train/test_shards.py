@@ -113,6 +113,7 @@ def test_files_folders_patterns_and_lists(tmp_path: Path) -> None:
         (str(tmp_path / "b" / "*.tar"), b),
         (str(tmp_path / "*" / "shard_000000.tar"), [a[0], b[0]]),
         ([tmp_path / "b", a[1]], [*b, a[1]]),
+        ([a[1], tmp_path / "a[1]", str(tmp_path / "*" / "*.tar"), tmp_path / "a[1]" / ".." / "b"], [a[1], a[0], *b]),
     ):
         shards = Shards(paths)
         assert shards.files == files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def dense() -> WanTransformer:
 def test_sla_of_all_blocks_starts_as_the_teacher() -> None:
     """proj_l is zero and every key block kept: sparse attention is dense attention, and no loss is left."""
     teacher = dense()
-    student = with_sla(teacher)
+    student = with_sla(deepcopy(teacher))
     assert all(not block.self_attn.proj_l.weight.any() and not block.self_attn.proj_l.bias.any()
                for block in student.blocks)  # fmt: skip
     loss = SLA(SLAConfig(top_k=1.0), student, teacher).losses(Latents().batch(0, range(2)), 0, draws_of())
@@ -59,18 +61,21 @@ def test_sla_of_all_blocks_starts_as_the_teacher() -> None:
     assert few["alignment"].item() > 1e-5
 
 
-def test_what_a_file_has_of_sla_is_kept() -> None:
-    net = WanTransformer(TransformerConfig(128, 160, 1, 24, freq_dim=64, has_sla=True))
-    again = with_sla(net)
-    assert again is not net
-    assert again.config == net.config
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in net.state_dict().items())
+def test_a_network_is_given_what_it_lacks_alone() -> None:
+    net = WanTransformer(SIZES, AttentionConfig("original"), norms="official")
+    student = with_sla(net)
+    assert student.config == replace(SIZES, has_sla=True)
+    assert student.norms == "official"
+    state, own = net.state_dict(), student.state_dict()
+    assert {key.split(".")[-2] for key in own.keys() - state.keys()} == {"proj_l"}
+    assert all(own[key].data_ptr() == value.data_ptr() for key, value in state.items())  # no second copy in memory
+    assert with_sla(student) is student
 
 
 def test_the_loss_is_the_mean_square_of_two_velocities() -> None:
     """At x_t = (1 - t) x0 + t noise and time 1000 t, the teacher without a gradient."""
     teacher = dense()
-    student = with_sla(teacher).requires_grad_()
+    student = with_sla(deepcopy(teacher)).requires_grad_()
     batch, config = Latents().batch(4, range(2)), SLAConfig(top_k=0.3, blocks=[[32, 16]])
     loss = SLA(config, student, teacher).losses(batch, 0, draws_of())["alignment"]
     loss.backward()
@@ -87,7 +92,7 @@ def test_the_loss_is_the_mean_square_of_two_velocities() -> None:
 
 def test_blocks_are_taken_in_turn() -> None:
     teacher = dense()
-    student = with_sla(teacher)
+    student = with_sla(deepcopy(teacher))
     method = SLA(SLAConfig(top_k=0.4, blocks=[[64, 64], [128, 64], [64, 128]]), student, teacher)
     seen = []
     for step in range(4):
@@ -99,7 +104,7 @@ def test_blocks_are_taken_in_turn() -> None:
 
 def test_training_aligns(tmp_path: Path) -> None:
     teacher = dense()
-    student = with_sla(teacher).requires_grad_()
+    student = with_sla(deepcopy(teacher)).requires_grad_()
     method = SLA(SLAConfig(top_k=0.2, blocks=[[32, 16]]), student, teacher)
     rates = {"student": 3e-4}
     settings = TrainerConfig(steps=30, batch=2, lr=rates, betas=(0.9, 0.99), warmup=3, ema=0.0, log_steps=10)

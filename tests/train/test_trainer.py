@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 
@@ -12,6 +13,7 @@ from torch import nn
 from turbowan.errors import CheckpointError
 from turbowan.train import checkpoint, curve
 from turbowan.train.data import Batch
+from turbowan.train.identity import RUN_FILE
 from turbowan.train.trainer import TrainerConfig, mend_and_clip, run
 
 CPU = torch.device("cpu")
@@ -61,9 +63,9 @@ def test_a_step_is_adamw_with_warm_up_and_the_average_is_the_papers(tmp_path, fr
     assert (outcome.step, outcome.finished) == (6, True)
     for key, value in theirs.net.state_dict().items():
         assert torch.allclose(ours.net.state_dict()[key], value, atol=1e-6)
-    outcome.average.swap()
-    for key, value in average.items():
-        assert torch.allclose(ours.net.state_dict()[key], value, atol=1e-6)
+    kept = checkpoint.read(tmp_path / "step-00000006", "average.")
+    assert kept.keys() == average.keys()
+    assert all(torch.allclose(kept[key], value, atol=1e-6) for key, value in average.items())
 
 
 def test_a_run_in_parts_is_the_whole_run(tmp_path, small_run, fresh_seed):
@@ -118,6 +120,20 @@ def test_gradients_that_are_no_numbers_count_as_zero():
     norm, nonfinite = mend_and_clip(weights, 0.0)
     assert (float(norm), float(nonfinite)) == (pytest.approx(0.5), 0.0)
     assert torch.allclose(weights[1].grad, torch.tensor([0.0, 0.4]), atol=1e-6)
+    weights[0].grad[1] = math.inf
+    norm, nonfinite = mend_and_clip(weights, 0.0)
+    assert (norm.isfinite(), float(nonfinite), weights[0].grad.tolist()) == (False, 1.0, [0.0, 0.0, 0.0])
+
+
+def test_the_norm_is_worked_out_once_unless_gradients_are_clipped(monkeypatch):
+    """It reads every gradient, and under torchrun all processes wait for it."""
+    calls: list[int] = []
+    real = nn.utils.get_total_norm
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: calls.append(1) or real(gradients))
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    mend_and_clip([weight], 0.0)
+    assert len(calls) == 1
 
 
 def test_a_loss_that_is_no_number_is_seen_and_does_no_harm(tmp_path):
@@ -140,6 +156,52 @@ def test_another_runs_folder_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"step-00000006 is not a state of this run") as error:
         run(other, other, settings(steps=8), tmp_path, CPU)
     assert "\n" not in str(error.value)
+
+
+FACTS = {"teacher": "wan.pth", "rcm": {"guidance_scale": 5.0, "blocks": ((64, 64),), "boundary": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "said"),
+    [
+        ({"seed": 3}, FACTS, "seed is 0, now 3"),
+        ({"batch": 8}, FACTS, "batch is 4, now 8"),
+        ({"batch": 8, "seed": 1}, FACTS, "seed is 0, now 1; batch is 4, now 8"),
+        ({}, {**FACTS, "teacher": "other.pth"}, "teacher is wan.pth, now other.pth"),
+        ({}, {**FACTS, "rcm": {**FACTS["rcm"], "boundary": 0.9}}, "rcm.boundary is None, now 0.9"),
+        ({}, {**FACTS, "rcm": {**FACTS["rcm"], "blocks": [[64, 128]]}}, "rcm.blocks is [[64, 64]], now [[64, 128]]"),
+    ],
+)
+def test_another_run_does_not_go_on_in_a_folder(tmp_path, changes, facts, said):
+    method = Line()
+    run(method, method, settings(steps=2), tmp_path, CPU, facts=FACTS)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as error:
+        run(method, method, settings(**changes), tmp_path, CPU, facts=facts)
+    assert str(error.value).startswith(f"{tmp_path} holds another run ({said}); go on with its settings")
+    assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_same_run_goes_on_whatever_its_length_and_habits(tmp_path):
+    method = Line()
+    run(method, method, settings(steps=2), tmp_path, CPU, facts=FACTS)
+    longer = settings(steps=4, log_steps=2, save_minutes=1, accumulate=2)
+    more = {**FACTS, "rcm": {**FACTS["rcm"], "of_a_later_version": 1}}
+    assert run(method, method, longer, tmp_path, CPU, 5.0, more).step == 4
+    (tmp_path / RUN_FILE).write_text("half")
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read .*; remove it to go on unchecked"):
+        run(method, method, longer, tmp_path, CPU)
+    (tmp_path / RUN_FILE).unlink()  # as of a run before there was one
+    assert run(method, method, settings(steps=5), tmp_path, CPU).finished
+
+
+def test_a_folder_without_states_is_free(tmp_path):
+    """A run that was stopped before its first state is no reason to refuse another."""
+    (tmp_path / RUN_FILE).write_text('{"seed": 99, "batch": 1}')
+    method = Line()
+    assert run(method, method, settings(), tmp_path, CPU).finished
+    assert json.loads((tmp_path / RUN_FILE).read_text()) == {"seed": 0, "batch": 4}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from turbowan.checkpoints import load_vae
 from turbowan.checkpoints.files import write_tensors
 from turbowan.models.vae import CausalConv3d, Clip, FrameAttention, Residual, WanVAE
-from turbowan.train.loop import CURVE_FILE, STATE_FILE, clip_and_step
+from turbowan.train.curve import CURVE_FILE
+from turbowan.train.loop import STATE_FILE, clip_and_step
 from turbowan.train.vae import (
     Phase,
     VAEConfig,

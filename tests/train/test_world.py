@@ -73,14 +73,14 @@ def test_rows_belong_together(
     """Each row's latent, caption and first frame are of one clip; the engine makes the same condition of the frame."""
     config, seed = WorldConfig(**SMALL, image=True, picture_share=0.5, empty_prompts=0.0), fresh_seed % 1000
     vae, words, encoder = parts
-    batch = World(config, *parts, CPU, seed).batch(0, range(10))
+    batch = World(config, *parts, CPU, seed).batch(0, range(20))
     first = seed * 1_000_003
     drawn = [draw_clips(config, 4, first + start, CPU) for start in (0, 4)]
     clips = torch.cat([video for video, _ in drawn])
     captions = [[texts[row] for texts in captions] for _, captions in drawn for row in range(4)]
     with torch.no_grad():
         latents, seen = vae.encode(clips), set()
-        for row in range(10):
+        for row in range(20):
             place = int((latents - batch.latents[row]).abs().flatten(1).amax(dim=1).argmin())
             seen.add(place)
             assert torch.allclose(latents[place], batch.latents[row], atol=1e-4)
@@ -91,7 +91,7 @@ def test_rows_belong_together(
             ids, mask = words(captions[place])
             texts = encoder(ids, mask)[:, :32]
             assert (texts - batch.text[row]).abs().flatten(1).amax(dim=1).min() < 1e-4
-    assert len(seen) > 2
+    assert min(seen) < 4 <= max(seen)
 
 
 def test_shares_of_the_clips(fresh_seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,15 +86,19 @@ class Clips:
             if value is not None and not self.data:
                 raise RequestError(f"{option} is of the clips of --data; name these too, or leave it out")
 
-    def source(self, config: WorldConfig, batch: int, seed: int, device: torch.device) -> Source:
+    @contextmanager
+    def source(self, config: WorldConfig, batch: int, seed: int, device: torch.device) -> Iterator[Source]:
+        """Ends the threads that read shards, however the work with it ends."""
         if self.data:
             from ..train.shard_source import ShardSource
             from ..train.shards import Shards
 
-            return ShardSource(Shards(self.data, self.frames), batch, device, seed, self.negative)
-        from ..train.world import World
+            with closing(ShardSource(Shards(self.data, self.frames), batch, device, seed, self.negative)) as read:
+                yield read
+        else:
+            from ..train.world import World
 
-        return World(config, *_world_parts(self.model, device), device, seed)
+            yield World(config, *_world_parts(self.model, device), device, seed)
 
 
 def _run(
@@ -108,13 +114,11 @@ def _run(
     settings = read_tables(config, trainer=TrainerConfig, world=WorldConfig, **{table: kind})
     trainer = settings["trainer"]
     where = distributed.join(choose_device(device))
-    try:
-        source = clips.source(settings["world"], trainer.batch, trainer.seed, where)
+    with clips.source(settings["world"], trainer.batch, trainer.seed, where) as source:
         results = train(settings[table], trainer, teacher, source, out, where, max_minutes, init)
-        if distributed.rank() == 0:
-            print(*results or [f"{out}: not done yet; run again to go on"], sep="\n")
-    finally:
-        distributed.leave()
+    if distributed.rank() == 0:
+        print(*results or [f"{out}: not done yet; run again to go on"], sep="\n")
+    distributed.leave()  # not after an error: the others may be waiting for this process, and leaving waits for them
 
 
 def _world_parts(model: str, device: torch.device) -> tuple[WanVAE, Tokenizer, TextEncoder]:
@@ -179,13 +183,11 @@ def shards(
         if distributed.rank() == 0:
             line(Progress("shards", done, total))
 
-    try:
-        write_world_shards(settings, count, out, *_world_parts(model, where), where, seed, per_shard, report)
-        distributed.wait_for_all()
-        if distributed.rank() == 0:
-            print(out)
-    finally:
-        distributed.leave()
+    write_world_shards(settings, count, out, *_world_parts(model, where), where, seed, per_shard, report)
+    distributed.wait_for_all()
+    if distributed.rank() == 0:
+        print(out)
+    distributed.leave()
 
 
 def export(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..evaluate.seeds import PICTURE_SEED, SCENE_SEED
+
 if TYPE_CHECKING:
     from ..evaluate.questions import Questions
 
@@ -50,7 +52,7 @@ def prompts(
     camera_prompts: Annotated[int, typer.Option(help="Prompts of a moving camera besides.")] = 0,
     diversity: Diversity = None,
     errors: Errors = None,
-    scene_seed: Annotated[int, typer.Option(help="Which prompts are drawn.")] = 24_680,
+    scene_seed: Annotated[int, typer.Option(help="Which prompts are drawn.")] = SCENE_SEED,
     seed: Seed = 0,
     shard: Shard = "1/1",
     batch: BatchSize = None,
@@ -83,8 +85,8 @@ def i2v(
     diversity: Diversity = None,
     errors: Errors = None,
     scene_seed: Annotated[
-        int, typer.Option(help="Which pictures are drawn; from 900,000,000 on never trained on.")
-    ] = 900_000_000,
+        int, typer.Option(help="Which pictures are drawn; training draws its own from other random numbers.")
+    ] = PICTURE_SEED,
     seed: Seed = 0,
     shard: Shard = "1/1",
     batch: BatchSize = None,

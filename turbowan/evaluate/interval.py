@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 Z = 1.959964
 Values = Sequence[float | None]
+Found = dict[str, float | None]
 
 
 def share(right: int, total: int) -> dict[str, float]:
@@ -60,25 +61,28 @@ def difference(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, float]
     return {"points": 100 * delta, "low": 100 * low, "high": 100 * high, "b": b, "c": c, "total": n}
 
 
-def mean(values: Values) -> dict[str, float] | None:
-    """The mean of what is known, with its normal interval: {"mean", "low", "high", "total"}; None where nothing is."""
+def mean(values: Values) -> Found | None:
+    """The mean of what is known, with its normal interval: {"mean", "low", "high", "total"}; None where nothing is.
+
+    One value alone tells nothing of its spread: low and high are None.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return None
     n = len(known)
     centre = math.fsum(known) / n
-    half = Z * _standard_error([value - centre for value in known])
-    return {"mean": centre, "low": centre - half, "high": centre + half, "total": n}
+    return {"mean": centre, **_around(centre, [value - centre for value in known]), "total": n}
 
 
-def ratio(ours: Values, theirs: Values) -> dict[str, float] | None:
+def ratio(ours: Values, theirs: Values) -> Found | None:
     """The mean of ours over the mean of theirs, on the items that both know.
 
     The interval is that of the ratio estimator (Cochran, "Sampling Techniques", 1977, section 6.4): the standard error
     of our - ratio * their, over the mean of theirs.
 
     Returns:
-        {"ratio", "low", "high", "total"}; None where no item is known on both sides, or theirs are all 0.
+        {"ratio", "low", "high", "total"}; None where no item is known on both sides, or theirs are all 0. Of one item,
+        low and high are None.
     """
     pairs = [(x, y) for x, y in zip(ours, theirs, strict=True) if x is not None and y is not None]
     below = math.fsum(y for _, y in pairs)
@@ -86,11 +90,13 @@ def ratio(ours: Values, theirs: Values) -> dict[str, float] | None:
         return None
     n = len(pairs)
     value = math.fsum(x for x, _ in pairs) / below
-    half = Z * _standard_error([x - value * y for x, y in pairs]) / (below / n)
-    return {"ratio": value, "low": value - half, "high": value + half, "total": n}
+    return {"ratio": value, **_around(value, [(x - value * y) / (below / n) for x, y in pairs]), "total": n}
 
 
-def _standard_error(deviations: Sequence[float]) -> float:
-    """Of a mean, from the deviations from it. One item alone tells nothing of its spread and counts as certain."""
+def _around(value: float, deviations: Sequence[float]) -> Found:
+    """The normal interval of a mean, from the items' deviations from it."""
     n = len(deviations)
-    return math.sqrt(math.fsum(x * x for x in deviations) / (n * max(n - 1, 1)))
+    if n == 1:
+        return {"low": None, "high": None}
+    half = Z * math.sqrt(math.fsum(x * x for x in deviations) / (n * (n - 1)))
+    return {"low": value - half, "high": value + half}

@@ -19,9 +19,8 @@ from ..world.captions import camera_captions, caption
 from ..world.pictures import draw_pictures, move_camera
 from ..world.scenes import CAMERAS, COLOURS, MOTIONS, SHAPES, TEXTURES, Scenes, draw_scenes, render
 from .measure import camera_travel, outline_travel
+from .seeds import PICTURE_SEED, SCENE_SEED
 
-SCENE_SEED = 24_680
-PICTURE_SEED = 900_000_000  # from here on no training draws its pictures
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _TOGETHER = 8  # pictures drawn from one seed
 

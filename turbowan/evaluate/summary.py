@@ -75,16 +75,16 @@ def table(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _interval(found: Mapping[str, float], key: str, scale: float, form: str) -> str:
-    value, low, high = (form.format(scale * found[name]) for name in (key, "low", "high"))
-    return f"{value} ({low} to {high})"
+def _interval(found: Mapping[str, float | None], key: str, scale: float, form: str) -> str:
+    value, *ends = (form.format(scale * end) for name in (key, "low", "high") if (end := found[name]) is not None)
+    return f"{value} ({' to '.join(ends)})" if ends else value
 
 
-def _points(found: Mapping[str, float]) -> str:
+def _points(found: Mapping[str, float | None]) -> str:
     return f"{_interval(found, 'points', 1, '{:+.1f}')}; {found['b']}, {found['c']}"
 
 
-def _measure(value: Mapping[str, float] | None, relative: Mapping[str, float] | None, name: str) -> str:
+def _measure(value: Mapping[str, float | None] | None, relative: Mapping[str, float | None] | None, name: str) -> str:
     if value is None:
         return ""
     if "psnr" in name:

@@ -9,13 +9,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .registry import Operation, forward_mode
 
+_PLAIN_SCORES = 1 << 27  # at a time, about 3 GB with their tangents
+
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's attention on [..., L, D], with its plain formula under forward-mode AD, which its kernels lack."""
-    if forward_mode():
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    """PyTorch's attention on [..., L, D]; `bias` is the same for all queries.
+
+    Under forward-mode AD, which its kernels lack, by the plain formula, for so many queries at a time that memory does
+    not grow with the square of the length.
+    """
+    if not forward_mode():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    rows = max(1, _PLAIN_SCORES // (q.shape[:-2].numel() * k.shape[-2]))
+    with sdpa_kernel(SDPBackend.MATH):
+        parts = [F.scaled_dot_product_attention(part, k, v, attn_mask=bias) for part in q.split(rows, dim=-2)]
+    return torch.cat(parts, dim=-2)
 
 
 def _count_bias(count: int) -> tuple[float, float]:

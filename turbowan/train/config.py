@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from ..errors import CheckpointError, TurbowanError
 
@@ -80,9 +81,45 @@ def _fill(kind: type[T], values: Any, where: str) -> T:
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number; a truth value is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_numbers(config: object, names: Sequence[str], least: float | None = None) -> None:
+    """Raise CheckpointError unless these fields are numbers, and not below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if not is_number(value) or (least is not None and value < least):
+            wanted = "a number" if least is None else f"a number from {least:g} on"
+            raise CheckpointError(f"{name} must be {wanted}, got {value!r}")
+
+
 def check_positive(config: object, names: Sequence[str]) -> None:
     """Raise CheckpointError unless these fields are positive numbers."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if not is_number(value) or value <= 0:
             raise CheckpointError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_whole(config: object, names: Sequence[str]) -> None:
+    """Raise CheckpointError unless these fields are whole numbers from 0 on."""
+    check_numbers(config, names, least=0)
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int):
+            raise CheckpointError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_counts(config: object, names: Sequence[str]) -> None:
+    """Raise CheckpointError unless these fields are whole numbers from 1 on."""
+    check_positive(config, names)
+    check_whole(config, names)
+
+
+def check_pair(config: object, name: str) -> None:
+    """Raise CheckpointError unless this field is two numbers."""
+    value = getattr(config, name)
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_number, value)):
+        raise CheckpointError(f"{name} must be two numbers, got {value!r}")

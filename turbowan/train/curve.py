@@ -37,6 +37,12 @@ def add(path: Path, line: Line) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def log(path: Path, line: Line) -> None:
+    """Append a line and print it."""
+    add(path, line)
+    print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
+
+
 def read(path: Path) -> list[Line]:
     """All whole lines of a curve, none where there is no file; a last line that a kill cut short is left out."""
     lines = []

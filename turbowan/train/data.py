@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,16 @@ class Source(Protocol):
         """[1, L, D]: the text of the unconditional branch."""
         ...
 
+    @property
+    def text_dim(self) -> int:
+        """Width of the texts."""
+        ...
+
+    @property
+    def condition_channels(self) -> int:
+        """20 with image conditions, 0 without."""
+        ...
+
     def batch(self, step: int, rows: range) -> Batch:
         """The given rows of the step's global batch."""
         ...
@@ -49,9 +60,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, rows: range, device: torch.device) -> None:
         self.device = device
-        self._streams = [
-            torch.Generator(device).manual_seed(((seed * 1_000_003 + step) * 65_537 + row) % 2**63) for row in rows
-        ]
+        self._streams = [torch.Generator(device).manual_seed(stream(seed, step, row)) for row in rows]
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -63,3 +72,19 @@ class Draws:
     def uniform(self) -> Tensor:
         """float32 [B] in 0..1."""
         return torch.stack([torch.rand((), generator=g, device=self.device) for g in self._streams])
+
+
+def stream(seed: int, step: int, row: int) -> int:
+    """The generator's seed, 63 bits, for a row of a step of a run.
+
+    A CPU's generator takes only the low 32. They are a permutation of 4,096 step + row, picked by the run's seed: no
+    two rows of the first 2^20 steps share them, where a plain hash would give two of 100,000 rows the same. The high
+    ones are a hash of all three.
+    """
+    low = (4096 * step + row) % 2**32
+    for key in np.random.SeedSequence(seed).generate_state(2).tolist():
+        low ^= key
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # Wellons' "lowbias32": every step inverts
+            low = (low ^ low >> shift) * factor % 2**32
+    high = int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0])
+    return (high >> 1) << 32 | low

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
+from ..checkpoints.load import read, transformer_config
 from ..errors import CheckpointError
 from ..models.transformer import AttentionConfig, WanTransformer
 from .data import Source
-from .distributed import rank
+from .distributed import blocks_of, rank, rows_of_rank
 from .experts import NAMES, Experts
 from .export import AVERAGE, export_transformer, load_for_training
 from .rcm import RCM, RCMConfig
@@ -37,10 +39,12 @@ def train_sla(
     Raises:
         CheckpointError: a file or folder cannot be used.
     """
-    dense = read_trainable(teacher, device)
+    _check(teacher, source, trainer)
+    dense = _read(teacher)
     dense.attention = AttentionConfig("original")
-    student = with_sla(dense if start is None else read_trainable(start, device, like=dense))
-    return _train(SLA(config, student, dense), source, trainer, folder, device, max_minutes)
+    student = with_sla(copy.deepcopy(dense) if start is None else _read(start, like=dense))
+    facts = _facts("sla", config, teacher, start)
+    return _train(SLA(config, student, dense), source, trainer, folder, device, max_minutes, facts)
 
 
 def train_rcm(
@@ -52,41 +56,68 @@ def train_rcm(
     The student has the attention of the file it starts from: the teacher's, or with `start` another one's, SLA too.
     With a `boundary` two experts are trained and written.
     """
-    net = read_trainable(teacher, device)
-    start_net = copy.deepcopy(net) if start is None else read_trainable(start, device, like=net)
-    if config.sla or start_net.config.has_sla:
-        start_net = with_sla(start_net)
-        start_net.attention = AttentionConfig("sla", config.top_k)
-    student = start_net if config.boundary is None else Experts(start_net, config.boundary)
-    method = RCM(config, student, net, copy.deepcopy(net), source.negative)
-    return _train(method, source, trainer, folder, device, max_minutes)
+    _check(teacher, source, trainer)
+    net = _read(teacher)
+    first = copy.deepcopy(net) if start is None else _read(start, like=net)
+    first = with_sla(first) if config.sla else first
+    for each in (net, first):
+        if each.config.has_sla:
+            each.attention = AttentionConfig("sla", config.top_k)
+    student = first if config.boundary is None else Experts(first, config.boundary)
+    critic = copy.deepcopy(net) if config.score_weight else net
+    method, facts = RCM(config, student, net, critic, source.negative), _facts("rcm", config, teacher, start)
+    return _train(method, source, trainer, folder, device, max_minutes, facts)
 
 
-def read_trainable(path: Path, device: torch.device, like: WanTransformer | None = None) -> WanTransformer:
-    """A transformer in float32, as training wants it.
+def _check(teacher: Path, source: Source, trainer: TrainerConfig) -> None:
+    """See that teacher and data fit together and the batch fits the processes, before anything large is done."""
+    rows_of_rank(trainer.batch, trainer.accumulate)
+    config = transformer_config(read(teacher, "transformer")[0], str(teacher))
+    if config.image_dim is not None:
+        raise CheckpointError(
+            f"{teacher} takes CLIP tokens (Wan 2.1 image-to-video), which training does not have;"
+            " text-to-video and Wan 2.2 image-to-video can be trained"
+        )
+    wanted, given = (config.text_dim, config.in_dim - config.out_dim), (source.text_dim, source.condition_channels)
+    if wanted != given:
+        raise CheckpointError(
+            f"{teacher} takes texts of width {wanted[0]} and {wanted[1]} condition channels;"
+            f" the data has {given[0]} and {given[1]}"
+        )
+    _ = source.negative
+
+
+def _read(path: Path, like: WanTransformer | None = None) -> WanTransformer:
+    """A transformer in float32 on the CPU; on processes other than the first, its shape alone (`place` fills it).
 
     Raises:
         CheckpointError: unreadable, or its sizes are not those of `like`.
     """
-    net = load_for_training(path, device)
+    net = load_for_training(path, "cpu" if rank() == 0 else "meta")
     if like is not None:
-        sizes = [(n.config.dim, n.config.ffn_dim, n.config.num_layers, n.config.in_dim) for n in (net, like)]
-        if sizes[0] != sizes[1]:
-            raise CheckpointError(
-                f"{path} has width, hidden width, layers and channels {sizes[0]}, the teacher {sizes[1]};"
-                " a student needs a teacher of its own size"
-            )
+        mine, theirs = (asdict(replace(n.config, has_sla=False)) for n in (net, like))
+        differ = ", ".join(f"{name} {mine[name]} and {theirs[name]}" for name in mine if mine[name] != theirs[name])
+        if differ:
+            raise CheckpointError(f"{path} is of another size than the teacher ({differ}); take one of the same size")
     return net
+
+
+def _facts(stage: str, config: SLAConfig | RCMConfig, teacher: Path, start: Path | None) -> dict[str, Any]:
+    """What a folder must hold for a run to go on in it."""
+    files = {"teacher": teacher, "init": start}
+    names = {role: path and {"name": path.name, "bytes": path.stat().st_size} for role, path in files.items()}
+    return {"stage": stage, stage: asdict(config), **names}
 
 
 def _train(
     method: Method, source: Source, trainer: TrainerConfig, folder: Path, device: torch.device,
-    max_minutes: float | None,
+    max_minutes: float | None, facts: dict[str, Any],
 ) -> list[Path]:  # fmt: skip
     if device.type == "cuda":
         for net in (*method.trained.values(), *method.frozen.values()):
-            _compile(net)
-    if not run(method, source, trainer, folder, device, max_minutes).finished:
+            for block in blocks_of(net):
+                block.compile(dynamic=False)
+    if not run(method, source, trainer, folder, device, max_minutes, facts).finished:
         return []
     kind = AVERAGE if trainer.ema else "student"
     results = {folder / RESULT: kind}
@@ -96,9 +127,3 @@ def _train(
         for path, which in results.items():
             export_transformer(folder, path, "official", which)
     return list(results)
-
-
-def _compile(net: nn.Module) -> None:
-    blocks = getattr(net, "blocks", [])
-    for block in blocks:
-        block.compile(dynamic=False)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -59,15 +60,21 @@ def rows_of_rank(batch: int, accumulate: int = 1) -> range:
     return range(rank() * count, (rank() + 1) * count)
 
 
-def shard(net: nn.Module, device: torch.device, half: bool = False) -> None:
-    """Shard a module's parameters over all processes with FSDP2, in place: each block by itself, the rest together.
+def place(net: nn.Module, device: torch.device, half: bool = False) -> None:
+    """Bring a module to the device, in place; under torchrun sharded over all processes with FSDP2.
 
-    Every process must hold the same weights. With `half` the blocks are gathered in bfloat16; what is around them
-    stays in the parameters' dtype, and gradients are reduced in float32.
-    In a group of one process the module is left as it is.
+    Rank 0's weights count, on a CPU or the device; the other processes may hold the module on the meta device. No
+    process has more than its shards and one block on its device. Each block is sharded by itself, the rest together.
+    With `half` the blocks are gathered in bfloat16; what is around them stays in the parameters' dtype, and gradients
+    are reduced in float32.
     """
-    if world_size() == 1 or isinstance(net, FSDPModule):
+    if isinstance(net, FSDPModule):
         return
+    if world_size() == 1:
+        net.to(device)
+        return
+    weights = net.state_dict() if rank() == 0 else {}
+    net.to("meta")
     mesh = init_device_mesh(device.type, (world_size(),))
     gathered = torch.bfloat16 if half else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -75,6 +82,8 @@ def shard(net: nn.Module, device: torch.device, half: bool = False) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     around = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(net, mesh=mesh, mp_policy=around)
+    net.to_empty(device=device)
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:

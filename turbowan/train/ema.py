@@ -1,17 +1,55 @@
-"""Power-function averages of weights: the older a run, the longer the memory.
+"""Averages of weights over training, in float32: exponential ones, and powers of the time trained.
 
-Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), as TurboDiffusion
-and rCM use it, there with a relative width of 0.1.
+Source of the latter: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), as
+TurboDiffusion and rCM use it, there with a relative width of 0.1.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
 from torch import nn
 
 from .distributed import local
-from .loop import Average
+
+
+class Average(ABC):
+    """Of a module's parameters over its updates; sharded as the module is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.source = list(module.parameters())
+        self.values = [p.detach().float().clone() for p in self.source]
+
+    @abstractmethod
+    def decay(self, step: int) -> float:
+        """What update number `step` (0 for the first) leaves of the average before it, in 0..1."""
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update number `step`."""
+        now = [local(p.detach()).float() for p in self.source]
+        torch._foreach_lerp_([local(v) for v in self.values], now, 1 - self.decay(step))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the module's parameters with the averaged ones."""
+        for value, parameter in zip(self.values, self.source, strict=True):
+            kept = parameter.detach().float().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+class ExponentialAverage(Average):
+    """The older weights are, the less they count: by `limit` with every update, by more at first."""
+
+    def __init__(self, module: nn.Module, limit: float) -> None:
+        super().__init__(module)
+        self.limit = limit
+
+    def decay(self, step: int) -> float:
+        return min(self.limit, (1 + step) / (10 + step))
 
 
 def exponent(width: float) -> float:
@@ -24,7 +62,7 @@ def exponent(width: float) -> float:
 
 
 class PowerAverage(Average):
-    """The average of a module's weights over its updates, weighted by t^gamma; float32, sharded as the module is.
+    """Weights after update t count by t^gamma; the first replaces what was there.
 
     Args:
         module: whose parameters are followed.
@@ -32,11 +70,8 @@ class PowerAverage(Average):
     """
 
     def __init__(self, module: nn.Module, width: float) -> None:
-        super().__init__(module, decay=0.0)
+        super().__init__(module)
         self.gamma = exponent(width)
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after update number `step` (0 for the first, which replaces what was there)."""
-        decay = (1 - 1 / (step + 1)) ** (self.gamma + 1)
-        torch._foreach_lerp_([local(v) for v in self.values], [local(p.detach()) for p in self.source], 1 - decay)
+    def decay(self, step: int) -> float:
+        return (1 - 1 / (step + 1)) ** (self.gamma + 1)

@@ -32,7 +32,8 @@ from ..world.captions import caption
 from ..world.scenes import draw_scenes
 from .config import check_positive
 from .distributed import rank
-from .loop import Average, Schedule, Stage, clip_and_step, every
+from .ema import ExponentialAverage
+from .loop import Schedule, Stage, clip_and_step, every
 from .world import Pool, WorldConfig
 
 
@@ -177,7 +178,7 @@ def train_flow(
             block.compile(dynamic=False)
     optimizers = make_optimizers(model, config, fused=on_gpu)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    average = Average(model, config.ema)
+    average = ExponentialAverage(model, config.ema)
     parts = {"model": model, "average": average, **optimizers}
     stage = Stage(folder, config.minutes, max_minutes, parts, device)
     begun = stage.step

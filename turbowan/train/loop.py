@@ -1,8 +1,7 @@
-"""What training stages share: a time budget, a schedule over it, averaged weights, a state that survives a kill."""
+"""What the stages counted in minutes share: a time budget, a schedule over it, a state that survives a kill."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import time
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.files import make_folder, replacing
 from ..errors import CheckpointError
+from . import curve
 from .distributed import average_gradients, from_rank_0, rank, world_size
+from .ema import Average
 
 STATE_FILE = "state.pt"
-CURVE_FILE = "curve.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,6 @@ class Schedule:
             return self.peak * max(progress, 1e-3) / self.warmup
         done = (progress - self.warmup) / (1 - self.warmup)
         return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
-class Average:
-    """Exponential moving average of a module's parameters, in float32."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.source = list(module.parameters())
-        self.values = [p.detach().float().clone() for p in self.source]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))  # follows closely at first
-        torch._foreach_lerp_(self.values, [p.detach().float() for p in self.source], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the module's parameters with the averaged ones."""
-        for value, parameter in zip(self.values, self.source, strict=True):
-            kept = parameter.detach().float().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
 
 
 class Stage:
@@ -124,12 +102,9 @@ class Stage:
 
     def log(self, **values: float) -> None:
         """Append one line to the curve and print it; minutes are those of this stage's clock."""
-        if rank() != 0:
-            return
-        line = {"step": self.step, "minutes": round(self.trained / 60, 3), **values}
-        with (self.folder / CURVE_FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
+        if rank() == 0:
+            line = {"step": self.step, "minutes": round(self.trained / 60, 3), **values}
+            curve.log(self.folder / curve.CURVE_FILE, line)
 
 
 def clip_and_step(

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from ..errors import CheckpointError
 from ..models.transformer import AttentionConfig
 from ..sampling import rcm
-from .config import check_positive
+from .config import check_counts, check_numbers, check_positive, check_whole
 from .data import Batch, Draws
 from .trigflow import add_noise, angle, clean, column, predict
 
@@ -51,7 +51,12 @@ class RCMConfig:
     boundary: float | None = None  # two experts: from this time on the high-noise one predicts
 
     def __post_init__(self) -> None:
-        check_positive(self, ("student_every", "simulation_steps", "consistency_std", "score_shift", "sigma_max"))
+        check_counts(self, ("student_every", "simulation_steps"))
+        check_whole(self, ("tangent_warmup",))
+        check_positive(self, ("consistency_std", "score_shift", "sigma_max"))
+        check_numbers(self, ("consistency_weight", "score_weight", "known_frame_weight"), least=0)
+        numbers = ("guidance_scale", "consistency_mean", "top_k")
+        check_numbers(self, numbers if self.boundary is None else (*numbers, "boundary"))
         if self.simulation_times not in TIMES:
             raise CheckpointError(f"simulation_times must be one of {', '.join(TIMES)}, got '{self.simulation_times}'")
         AttentionConfig("sla", self.top_k)  # refuses what is out of its range, as the time grid does
@@ -130,8 +135,7 @@ class RCM:
         tangent = student_tangent(self.student, x, tau, batch, column(rate) * target, rate)
         prediction = predict(self.student, x, tau, batch)
         goal = consistency_direction(x, tau, prediction.detach(), target, tangent, warmth)
-        error = (prediction - prediction.detach() - goal).square().flatten(1).sum(dim=1)
-        return _mean_of_finite(error)
+        return _mean_square(prediction - prediction.detach() - goal)
 
     def _consistency_time(self, turn: int, draws: Draws) -> Tensor:
         """Log-normal in sigma; with two experts, of the part of it that is the high one's and the low one's in turn."""
@@ -166,7 +170,7 @@ class RCM:
         return list(drawn.sort(dim=0, descending=True).values)
 
     def _score_time(self, draws: Draws) -> Tensor:
-        u = draws.uniform().double()
+        u = draws.uniform().double().clamp(min=1e-6)
         return angle(self.config.score_shift * u / (1 + (self.config.score_shift - 1) * u))
 
     def _score_loss(self, batch: Batch, steps: int, draws: Draws) -> Tensor:
@@ -178,11 +182,11 @@ class RCM:
             teacher = clean(x, tau, self._guided(x, tau, batch))
             weight = (made - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
             goal = made - _finite_rows((critic - teacher) / weight)
-        error = (made - goal).square()
+        loss = _mean_square(made - goal)
         if self.config.known_frame_weight and batch.condition is not None:
             known, image = batch.condition[:, :1], batch.condition[:, 4:]
-            error = error + self.config.known_frame_weight * known * (made - image).square()
-        return _mean_of_finite(error.flatten(1).sum(dim=1))
+            loss = loss + self.config.known_frame_weight * _mean_square(known * (made - image))
+        return loss
 
     def _critic_loss(self, batch: Batch, steps: int, draws: Draws) -> Tensor:
         with torch.no_grad():
@@ -190,7 +194,7 @@ class RCM:
         tau = self._score_time(draws)
         x = add_noise(made, draws.normal(*made.shape[1:]), tau)
         error = clean(x, tau, predict(self.critic, x, tau, batch)) - made
-        return _mean_of_finite((error / column(tau.sin())).square().flatten(1).sum(dim=1))
+        return _mean_square(error / column(tau.sin()))
 
 
 @torch.no_grad()
@@ -228,6 +232,9 @@ def _finite_rows(values: Tensor) -> Tensor:
     return torch.where(column(finite), values, 0.0)
 
 
-def _mean_of_finite(rows: Tensor) -> Tensor:
-    """Mean over rows, a row that is not finite counting 0."""
-    return torch.where(rows.isfinite(), rows, 0.0).mean()
+def _mean_square(difference: Tensor) -> Tensor:
+    """Mean over rows of the sum of squares; a row that is not finite counts 0, and so does its gradient here.
+
+    If a trained network itself made it so, its weights' gradients are lost with it; the trainer takes them for 0.
+    """
+    return _finite_rows(difference).square().flatten(1).sum(dim=1).mean()

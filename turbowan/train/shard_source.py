@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -21,7 +22,7 @@ class ShardSource:
 
     Row r of step s is place s * batch + r in the endless line of shuffled epochs, whichever process asks: a run that
     goes on sees what it would have seen, and processes read only their rows. Where an epoch ends inside a batch, the
-    next one fills it.
+    next one fills it. Texts of fewer than the 512 rows get a zero one, which stands for all that they leave out.
 
     Args:
         shards: what to read.
@@ -57,6 +58,14 @@ class ShardSource:
         self._coming: dict[tuple[int, range], Future[Batch]] = {}
         self._readers = ThreadPoolExecutor(workers, "read-clips")
         self._collector = ThreadPoolExecutor(1, "collect-batch")
+
+    @property
+    def text_dim(self) -> int:
+        return self.shards.shapes["text"][1]
+
+    @property
+    def condition_channels(self) -> int:
+        return self.shards.shapes["condition"][0] if "condition" in self.shards.shapes else 0
 
     @property
     def negative(self) -> Tensor:
@@ -110,7 +119,7 @@ class ShardSource:
         conditions = [sample.condition for sample in samples if sample.condition is not None]
         return Batch(
             self._stack([sample.latent for sample in samples]),
-            self._stack([sample.text for sample in samples]),
+            self._stack([_closed(sample.text) for sample in samples]),
             self._stack(conditions) if conditions else None,
         )
 
@@ -128,6 +137,14 @@ def _read(path: Path) -> Tensor:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; guidance needs the negative prompt's embedding: name its file")
     return read_tensor(path, str(path))
+
+
+def _closed(text: Tensor) -> Tensor:
+    """[L, D] to [L + 1, D], the last row zero, unless all 512 are there.
+
+    Always, not only where the last row is not zero: all clips' texts must stay of one shape.
+    """
+    return F.pad(text, (0, 0, 0, 1)) if len(text) < TEXT_LENGTH else text
 
 
 def _unconditional(text: Tensor, width: int, name: str) -> Tensor:

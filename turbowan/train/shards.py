@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Sample:
     """One clip. Tensors are bfloat16 in shards.
 
-    latent: [16, T, h, w], normalised. text: [L, D]; its last row stands for all up to the 512th. condition:
+    latent: [16, T, h, w], normalised. text: [L, D], the first of 512 rows; those it leaves out are zero. condition:
     [20, T, h, w] (4 mask channels, then 16 of the image latent) for image-to-video.
     """
 
@@ -192,19 +192,22 @@ def member_name(path: Path, key: str, member: str) -> str:
 def find_tars(paths: Sequence[str | Path]) -> list[Path]:
     """The tars that files, folders and patterns name, in this order; those of one folder or pattern by name.
 
+    One that is named twice, such as by a folder and a pattern, counts once.
+
     Raises:
         CheckpointError: one of them names none.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         pattern = f"{glob.escape(str(path))}/*.tar" if path.is_dir() else str(path)  # no hidden, half-written ones
         names = [str(path)] if path.is_file() else glob.glob(pattern)
         if not names:
             raise CheckpointError(f"there is no .tar shard at {path}; give a file, a folder or a pattern with *")
-        found += [Path(name) for name in sorted(names)]
+        for name in map(Path, sorted(names)):
+            found.setdefault(name.resolve(), name)
     if not found:
         raise CheckpointError("no shards are given; name a file, a folder or a pattern with *")
-    return found
+    return list(found.values())
 
 
 def scan_tar(path: Path) -> list[tuple[str, Places]]:

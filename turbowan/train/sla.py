@@ -8,7 +8,6 @@ not decoded and encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models.transformer import AttentionConfig, WanTransformer
 from ..sampling import rcm
-from .config import check_positive
+from .config import check_counts, check_numbers, check_pair, check_positive
 from .data import Batch, Draws
 from .trigflow import column, velocity
 
@@ -37,11 +36,15 @@ class SLAConfig:
     noise_range: tuple[float, float] = (0.0, 1.0)  # an expert draws its times from its own
 
     def __post_init__(self) -> None:
-        check_positive(self, ("time_std", "sampler_steps", "sigma_max"))
+        check_positive(self, ("time_std", "sigma_max"))
+        check_counts(self, ("sampler_steps",))
+        check_numbers(self, ("top_k", "time_mean", "sampler_share"))
+        check_pair(self, "noise_range")
         low, high = self.noise_range
         if not 0 <= low < high <= 1:
             raise CheckpointError(f"noise_range must rise within 0..1, got {low} to {high}")
-        if not self.blocks or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in self.blocks):
+        pairs = self.blocks if isinstance(self.blocks, (list, tuple)) else ()
+        if not pairs or any(not isinstance(pair, (list, tuple)) or [*map(type, pair)] != [int, int] for pair in pairs):
             raise CheckpointError(f"blocks must be pairs such as [[128, 64]], got {self.blocks}")
         for pair in self.blocks:  # what is out of range is refused, by the time grid too
             AttentionConfig("sla", self.top_k, *pair)
@@ -89,11 +92,16 @@ class SLA:
 
 
 def with_sla(net: WanTransformer) -> WanTransformer:
-    """The same network with SLA in every self-attention, `proj_l` zero where it has none yet."""
-    student = WanTransformer(replace(net.config, has_sla=True), norms=net.norms)
-    state = dict(net.state_dict())
-    for name, parameter in student.named_parameters():
-        if ".proj_l." in name and name not in state:
-            state[name] = torch.zeros_like(parameter)
-    student.load_state_dict(state)
-    return student.to(net.patch_embedding.bias.device)
+    """The network with SLA in every self-attention, over the same weights; `proj_l` is zero where it has none yet."""
+    if net.config.has_sla:
+        return net
+    with torch.device("meta"):
+        student = WanTransformer(replace(net.config, has_sla=True), norms=net.norms)
+    device = net.patch_embedding.bias.device
+    zeros = {
+        name: torch.zeros(parameter.shape, device=device)
+        for name, parameter in student.named_parameters()
+        if ".proj_l." in name
+    }
+    student.load_state_dict({**net.state_dict(), **zeros}, assign=True)
+    return student

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.files import State, make_folder
 from ..errors import CheckpointError
-from . import checkpoint, curve
+from . import checkpoint, curve, identity
 from .activations import KINDS, checkpoint_activations
-from .config import check_positive
+from .config import check_counts, check_numbers, check_pair, check_positive, check_whole, is_number
 from .data import Batch, Draws, Source
-from .distributed import average, from_rank_0, local, rank, rows_of_rank, shard, whole
+from .distributed import average, from_rank_0, local, place, rank, rows_of_rank, whole
 from .ema import PowerAverage
 
 PRECISIONS = ("bf16", "float32")
@@ -33,7 +34,7 @@ class Method(Protocol):
     """What a distillation stage is, apart from the loop.
 
     trained: the nets with an optimizer, in float32; sharded and saved. One of them is the "student".
-    frozen: teachers; sharded, not saved. Every process builds all of them with the same weights.
+    frozen: teachers; sharded, not saved. Rank 0 builds them with their weights; on other processes their shapes are enough.
     """
 
     trained: dict[str, nn.Module]
@@ -65,10 +66,20 @@ class TrainerConfig:
     activation_checkpointing: str = "none"  # none, mm_only or block
     seed: int = 0
     log_steps: int = 20  # steps in a line of the curve; the loop waits for the device only then
-    save_minutes: float = 2.5
+    save_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        check_positive(self, ("steps", "batch", "accumulate", "log_steps", "save_minutes"))
+        check_counts(self, ("steps", "batch", "accumulate", "log_steps"))
+        check_whole(self, ("warmup", "seed"))
+        check_positive(self, ("save_minutes",))
+        check_numbers(self, ("weight_decay", "clip", "ema"), least=0)
+        check_pair(self, "betas")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise CheckpointError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if not isinstance(self.lr, dict) or not all(is_number(rate) and rate >= 0 for rate in self.lr.values()):
+            raise CheckpointError(
+                f"lr must give a rate from 0 on for each trained net, such as {{ student = 1e-5 }}; got {self.lr!r}"
+            )
         if self.activation_checkpointing not in KINDS:
             raise CheckpointError(
                 f"activation_checkpointing must be one of {', '.join(KINDS)}, got '{self.activation_checkpointing}'"
@@ -81,12 +92,10 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run stopped. seconds: of training, over all its runs. average: the student's, to `swap` in."""
+    """Where a run stopped."""
 
     step: int
-    seconds: float
     finished: bool
-    average: PowerAverage | None
 
 
 def run(
@@ -96,6 +105,7 @@ def run(
     folder: Path,
     device: torch.device,
     max_minutes: float | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
     """Train to the configuration's number of steps, or this run's share of them.
 
@@ -104,14 +114,17 @@ def run(
         folder: keeps the states, the curve and its picture; a run in the same folder goes on from the newest state.
         device: of this process.
         max_minutes: of this run, to the next line of the curve; another run in the same folder goes on.
+        facts: what the run is besides its seed and batch, such as the method's settings: JSON values by name. The
+            folder keeps them, and only a run of the same goes on in it.
 
     Raises:
-        CheckpointError: the folder holds another run's state, or cannot be written.
+        CheckpointError: the folder holds another run, or cannot be written.
         MachineError: the batch cannot be split evenly over the processes.
     """
     rows = rows_of_rank(config.batch, config.accumulate)
-    trainer = Trainer(method, config, device)
     make_folder(folder)
+    identity.claim(folder, {"seed": config.seed, "batch": config.batch, **facts})
+    trainer = Trainer(method, config, device)
     lines = folder / curve.CURVE_FILE
     states = checkpoint.saved(folder)
     if states:
@@ -131,14 +144,14 @@ def run(
         elapsed = from_rank_0(time.monotonic() - started, device)
         trainer.seconds = before + elapsed
         if rank() == 0:
-            log(lines, {"step": trainer.step, "seconds": round(trainer.seconds, 2), **means})
+            curve.log(lines, {"step": trainer.step, "seconds": round(trainer.seconds, 2), **means})
         running = not finished and elapsed < limit
         if not running or elapsed - saved_at >= 60 * config.save_minutes:
             checkpoint.save(folder, trainer.step, trainer.state())
             saved_at = elapsed
     if rank() == 0:
         curve.plot(curve.read(lines), folder / curve.PICTURE_FILE)
-    return Outcome(trainer.step, trainer.seconds, trainer.step >= config.steps, trainer.average)
+    return Outcome(trainer.step, trainer.step >= config.steps)
 
 
 class Trainer:
@@ -155,7 +168,7 @@ class Trainer:
         for net in method.frozen.values():
             net.requires_grad_(False)
         for net in (*method.trained.values(), *method.frozen.values()):
-            shard(net.to(device), device, self.half)
+            place(net, device, self.half)
         self.parameters = {name: dict(net.named_parameters()) for name, net in method.trained.items()}
         self.optimizers = {name: self._optimizer(name) for name in method.trained}
         self.average = PowerAverage(method.trained[AVERAGED], config.ema) if config.ema else None
@@ -260,19 +273,15 @@ def mend_and_clip(parameters: Sequence[Tensor], limit: float) -> tuple[Tensor, T
         limit: the largest norm; 0 for any.
 
     Returns:
-        The norm before it was scaled, and 1.0 where something was replaced, else 0.0.
+        The norm before it was scaled, of what was not replaced (without a limit: of all, so no finite number where
+        something was); and 1.0 where something was replaced, else 0.0.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    nonfinite = ~whole(nn.utils.get_total_norm(gradients)).isfinite()
+    norm = nn.utils.get_total_norm(gradients)
+    nonfinite = ~whole(norm).isfinite()
     for gradient in gradients:
         torch.nan_to_num_(local(gradient), nan=0.0, posinf=0.0, neginf=0.0)
-    norm = nn.utils.get_total_norm(gradients)
-    if limit:
+    if limit:  # only then is it needed again: to ask whether something was replaced is to wait for the device
+        norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return whole(norm), nonfinite.float()
-
-
-def log(path: Path, line: curve.Line) -> None:
-    """Append a line to the curve and print it."""
-    curve.add(path, line)
-    print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)

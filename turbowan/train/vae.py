@@ -32,7 +32,8 @@ from ..world.analyse import psnr
 from ..world.scenes import draw_scenes, render, render_collage
 from .config import check_positive
 from .distributed import rank
-from .loop import Average, Schedule, Stage, clip_and_step, every
+from .ema import ExponentialAverage
+from .loop import Schedule, Stage, clip_and_step, every
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def train_vae(config: VAEConfig, folder: Path, device: torch.device, max_minutes
         compile_eager("channel_norm")
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
-    average = Average(vae, config.ema)
+    average = ExponentialAverage(vae, config.ema)
     stage = Stage(folder, config.minutes, max_minutes, {"vae": vae, "optimizer": optimizer, "average": average}, device)
     schedule = Schedule(config.lr)
     log_due, save_due = every(10), every(120)

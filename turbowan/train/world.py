@@ -21,7 +21,7 @@ from ..stages import image_condition
 from ..world.captions import camera_captions, caption
 from ..world.pictures import draw_pictures, move_camera
 from ..world.scenes import CAMERAS, draw_scenes, render
-from .config import check_positive
+from .config import check_counts, is_number
 from .data import Batch, Draws
 
 
@@ -45,14 +45,14 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         counts = ("text_rows", "pool_start", "pool_size", "refresh_steps", "refresh_clips", "wordings")
-        check_positive(self, ("frames", "height", "width", *counts))
+        check_counts(self, ("frames", "height", "width", *counts))
         if self.frames % 4 != 1 or self.height % 16 or self.width % 16:
             raise CheckpointError(
                 "clips have 4 k + 1 frames, and heights and widths that are multiples of 16;"
                 f" got {self.frames} of {self.height} x {self.width}"
             )
         shares = (self.camera_share, self.picture_share, self.empty_prompts)
-        if not all(0 <= share <= 1 for share in shares) or self.camera_share + self.picture_share > 1:
+        if not all(is_number(s) and 0 <= s <= 1 for s in shares) or self.camera_share + self.picture_share > 1:
             raise CheckpointError(
                 "camera_share, picture_share, their sum and empty_prompts lie in 0..1; got"
                 f" {', '.join(map(str, shares))}"
@@ -173,6 +173,7 @@ class World:
     ) -> None:
         self.pool = Pool(config, vae, tokenizer, device, seed * 1_000_003)
         self.encoder, self.seed = encoder.eval().requires_grad_(False), seed
+        self.text_dim, self.condition_channels = encoder.width, 20 if config.image else 0
         self.negative = self._encode(self.pool.empty[None].to(device))
 
     @torch.no_grad()
