@@ -34,7 +34,7 @@ class Method(Protocol):
     """What a distillation stage is, apart from the loop.
 
     trained: the nets with an optimizer, in float32; sharded and saved. One of them is the "student".
-    frozen: teachers; sharded, not saved. Rank 0 builds them with their weights; on other processes their shapes are enough.
+    frozen: teachers; sharded, not saved. Rank 0's weights count; other processes need the shapes alone.
     """
 
     trained: dict[str, nn.Module]
