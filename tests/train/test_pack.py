@@ -116,3 +116,6 @@ def test_what_is_missing_is_named(tmp_path: Path, files: Files) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(RequestError, match="base, t2v, i2v, got 'v2v'"):
         pack_model(tmp_path / "out", "v2v", {"transformer": files[0]}, files[1])
+    with pytest.raises(CheckpointError, match="needs either a transformer, or a high_noise and a low_noise expert"):
+        pack_model(tmp_path / "out", "t2v", {}, files[1])
+    assert not (tmp_path / "out").exists()

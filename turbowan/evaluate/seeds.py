@@ -1,6 +1,5 @@
 """Which questions an evaluation asks unless told otherwise; without PyTorch, so that the command line can show it."""
 
 SCENE_SEED = 24_680
-# Training draws other streams: its numbers start at a configuration's seed x 1,000,003, from seeds below 900, and it
-# draws pictures in batches of other sizes.
+# Training draws scenes and cameras from a stream before its pictures: even from the same number it gets other ones.
 PICTURE_SEED = 900_000_000

@@ -30,14 +30,18 @@ def train_sla(
     """Align a network with SLA to the dense one it was.
 
     Args:
-        teacher: a transformer's file of any family, in full precision. start: another one with SLA to begin from.
-        folder: keeps states, curve and result. max_minutes: of this run; run again to go on.
+        config, trainer: of the losses, and of the loop.
+        teacher: a transformer's file of any family. start: another one to begin from, with SLA or without.
+        source: of batches that fit the teacher.
+        folder: keeps states, curve and result. device: of this process.
+        max_minutes: of this run; run again to go on.
 
     Returns:
-        The result's files, none while the stage is not done.
+        The result's files in the official layout, none while the stage is not done.
 
     Raises:
-        CheckpointError: a file or folder cannot be used.
+        CheckpointError: a file or folder cannot be used, or teacher, start and data do not fit together.
+        MachineError: the batch cannot be split evenly over the processes.
     """
     _check(teacher, source, trainer)
     dense = _read(teacher)

@@ -15,7 +15,7 @@ NAMES = ("high", "low")
 class Experts(nn.Module):
     """A high-noise and a low-noise transformer, equal at the start.
 
-    Every call's rows must lie on one side of the boundary.
+    Every call's rows must lie on one side of the boundary; the first one's time is read, which waits for the device.
 
     Args:
         net: whose weights both start from. boundary: from this time on, 0..1, the high-noise expert predicts.

@@ -120,9 +120,11 @@ class FlowModel(nn.Module):
         Raises:
             CheckpointError: unreadable, or of other sizes.
         """
-        parts = {transformer: (load_transformer(transformer), self.transformer)}
-        parts[text_encoder] = (load_text_encoder(text_encoder), self.text_encoder)  # type: ignore[assignment]
-        for path, (source, target) in parts.items():
+        parts: tuple[tuple[Path, nn.Module, nn.Module], ...] = (
+            (transformer, load_transformer(transformer), self.transformer),
+            (text_encoder, load_text_encoder(text_encoder), self.text_encoder),
+        )
+        for path, source, target in parts:
             state = dict(source.state_dict())
             patch = state.get("patch_embedding.weight")
             if patch is not None:

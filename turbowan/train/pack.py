@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import make_folder, read_tensors, write_tensors
-from ..checkpoints.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
+from ..checkpoints.manifest import FILE_NAME, Manifest, check_manifest, read_manifest, write_manifest
 from ..checkpoints.official import read_transformer, write_transformer
 from ..checkpoints.quantize import quantize_transformer, quantize_vae
 from ..errors import CheckpointError, RequestError
@@ -48,7 +49,7 @@ def pack_model(
 
     Raises:
         RequestError: no such kind.
-        CheckpointError: a file is missing or cannot be read, or the folder cannot be written.
+        CheckpointError: a file is missing or cannot be read, the roles are no model's, or the folder cannot be written.
     """
     if kind not in KINDS:
         raise RequestError(f"a model is packed as one of {', '.join(KINDS)}, got '{kind}'")
@@ -61,12 +62,14 @@ def pack_model(
         files = {role: shared[role] for role in _NAMES}
     else:
         files = {role: out / name for role, name in _NAMES.items()}
+    files |= {role: out / f"{role}.safetensors" for role in transformers}
+    manifest = Manifest(name=out.resolve().name, files=files, **KINDS[kind], **_SIZE)
+    check_manifest(manifest, str(out))
     make_folder(out)
     has_sla = False
     for role, source in transformers.items():
         state = read_transformer(read_tensors(source))
         has_sla = any(".proj_l." in key for key in state)
-        files[role] = out / f"{role}.safetensors"
         write_tensors(files[role], write_transformer(quantize_transformer(state, small=True) if quantize else state))
     if not isinstance(others, Path):
         for role in ("text_encoder", "tokenizer"):
@@ -75,6 +78,7 @@ def pack_model(
                 shutil.copyfile(others[role], files[role])
         vae = read_tensors(others["vae"])
         write_tensors(files["vae"], quantize_vae(vae) if quantize else vae)
-    attention = {"sla_topk": sla_topk} if has_sla else {"attention": "original"}
-    files["tokenizer"] = files["tokenizer"].parent if files["tokenizer"].is_file() else files["tokenizer"]
-    return write_manifest(Manifest(name=out.resolve().name, files=files, **KINDS[kind], **_SIZE, **attention), out)
+    if files["tokenizer"].is_file():
+        files["tokenizer"] = files["tokenizer"].parent
+    attention: dict[str, Any] = {"sla_topk": sla_topk} if has_sla else {"attention": "original"}
+    return write_manifest(replace(manifest, **attention), out)

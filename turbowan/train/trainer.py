@@ -1,7 +1,8 @@
 """The loop of the distillation stages: counted in steps, on one process or under `torchrun` with FSDP2.
 
 What is computed depends on the step, the seed and the global batch only: not on the number of processes, and not on
-where a run was stopped and went on.
+where a run was stopped and went on. Rounding differs a little: sharded blocks are gathered in bfloat16 whole, where one
+process keeps what is no product in float32.
 """
 
 from __future__ import annotations
