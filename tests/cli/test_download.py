@@ -170,7 +170,10 @@ def test_ctrl_c_keeps_what_came(loopback_hub, turbowan, tmp_path) -> None:
     loopback_hub.stall[SPIECE] = 25_000_000
     command = [sys.executable, "-m", "turbowan", "download", "umt5-xxl-tokenizer", "-o", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 90
     while sum(path.stat().st_size for path in tmp_path.rglob(".*.part")) < 10_000_000:
         assert process.poll() is None, process.communicate()
