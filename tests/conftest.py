@@ -17,6 +17,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on the CPU
+
 from safetensors import safe_open
 from torch import Tensor
 
@@ -50,6 +54,13 @@ def recorded(golden: Callable[[str], Path]) -> Callable[..., list[Tensor]]:
             return [file.get_tensor(key) for key in keys]
 
     return read
+
+
+@pytest.fixture
+def kernels() -> torch.device:
+    """Where Triton kernels run here: the GPU, else the CPU by Triton's interpreter; skips without Triton."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

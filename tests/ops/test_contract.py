@@ -26,8 +26,20 @@ def sla_inputs(*options):
     return q, k, v, draw(64, 64) / 8, draw(64), *options
 
 
-def int8_inputs(quantise):
-    return draw(5, 140), *quantise(draw(9, 140)), draw(9)
+def product_inputs(quantise, *options):
+    weight, weight_scale = quantise(draw(9, 140))
+    return *quantise(draw(5, 140)), weight, weight_scale.squeeze(-1), draw(9), *options
+
+
+def qk_inputs(*blocks):
+    qkv = draw(2, 12, 3, 2, 64)
+    return qkv[:, :, 0], qkv[:, :, 1], draw(128), draw(128), *ops.rope_table(2, 3, 2, 64), 1e-6, *blocks
+
+
+def residual_inputs(*options, absent=()):
+    rows = dict(zip(("gate", "shift", "scale"), draw(2, 3, 1, 96).unbind(1), strict=True))
+    tensors = {"x": draw(2, 7, 96), "delta": draw(2, 7, 96), "gate": None, "weight": draw(96), "bias": draw(96)} | rows
+    return *(None if name in absent else x for name, x in tensors.items()), 1e-6, *options
 
 
 # operation -> fresh arguments of several kinds; every tensor that is float32 can be differentiated
@@ -52,6 +64,12 @@ SAMPLES = {
         lambda: (draw(2, 4, 5, 6, 7), channels_last(8, 4, 3, 3, 3), draw(8), [1, 1, 1], [0, 1, 1]),
         lambda: (channels_last(2, 4, 5, 6, 7), draw(8, 4, 1, 1, 1), None, [1, 1, 1], [0, 0, 0]),
     ],
+    "gelu_rows": [
+        lambda: (draw(2, 7, 96), "bf16"),
+        lambda: (draw(7, 2, 96).transpose(0, 1), "int8_row"),
+        lambda: (draw(2, 130, 140), "int8_block"),
+        lambda: (draw(1, 130, 140), "fp8_row"),
+    ],
     "layer_norm": [
         lambda: (draw(2, 7, 96), draw(96), draw(96), 1e-6, "exact"),
         lambda: (draw(2, 7, 96), None, None, 1e-6, "official"),
@@ -61,10 +79,25 @@ SAMPLES = {
         lambda: (draw(2, 5, 16), draw(8, 16).to(torch.float8_e4m3fn), torch.rand(1), draw(8)),
         lambda: (draw(5, 2, 16).transpose(0, 1), draw(8, 16).to(torch.float8_e4m3fn), torch.rand(8), None),
     ],
-    "linear_int8_blockwise": [lambda: int8_inputs(ops.quantize_int8_blockwise)],
-    "linear_int8_rowwise": [lambda: int8_inputs(ops.quantize_int8_rowwise)],
+    "product_fp8_rowwise": [lambda: product_inputs(ops.quantize_fp8_rowwise, torch.float32)],
+    "product_int8_blockwise": [lambda: product_inputs(ops.quantize_int8_blockwise, torch.bfloat16)],
+    "product_int8_rowwise": [lambda: product_inputs(ops.quantize_int8_rowwise, torch.float32, "gelu_tanh")],
+    "quantize_fp8_rowwise": [lambda: (draw(5, 7),), lambda: (draw(7, 5).T,)],
     "quantize_int8_blockwise": [lambda: (draw(150, 140),), lambda: (draw(140, 150).T,)],
     "quantize_int8_rowwise": [lambda: (draw(5, 7),), lambda: (draw(7, 5).T,)],
+    "qk_norm_rope": [
+        lambda: qk_inputs(8, 4),
+        lambda: qk_inputs(0, 0),
+        lambda: (draw(2, 2, 12, 64).transpose(1, 2), *qk_inputs(0, 5)[1:]),
+    ],
+    "residual_norm": [
+        lambda: residual_inputs("exact", "bf16"),
+        lambda: residual_inputs("official", "bf16", absent=("delta", "gate", "weight", "bias")),
+        lambda: (draw(7, 2, 96).transpose(0, 1), *residual_inputs("exact", "bf16", absent=("shift", "scale"))[1:]),
+        lambda: residual_inputs("exact", "int8_block"),
+        lambda: residual_inputs("exact", "int8_row", absent=("delta", "gate")),
+        lambda: residual_inputs("exact", "fp8_row"),
+    ],
     "rms_norm": [lambda: (draw(2, 7, 96), draw(96), 1e-6), lambda: (draw(7, 2, 96).transpose(0, 1), draw(96), 1e-6)],
     "rope": [
         lambda: (draw(2, 12, 3, 64), *ops.rope_table(2, 3, 2, 64)),
@@ -81,7 +114,7 @@ DIFFERENTIABLE = [
     for case in CASES
     if case.values[0] not in ("block_map", "quantize_int8_blockwise", "quantize_int8_rowwise")
     and OPERATIONS[case.values[0]].gradient
-    and "int8" not in case.values[1]()
+    and not {"int8", "int8_row", "int8_block", "fp8_row"} & {x for x in case.values[1]() if isinstance(x, str)}
 ]
 
 
@@ -93,7 +126,7 @@ def test_every_operation_is_here():
 def test_schema_and_fake_are_true(name, make):
     """PyTorch's own check: no hidden mutation or alias, and shapes, strides and dtypes as the fake foretells."""
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name == "linear_fp8_scaled":
+    if name in ("linear_fp8_scaled", "product_fp8_rowwise"):
         checks.remove("test_schema")  # it multiplies the inputs, which PyTorch cannot do in float8
     torch.library.opcheck(getattr(torch.ops.turbowan, name).default, make(), test_utils=checks)
 
@@ -101,7 +134,7 @@ def test_schema_and_fake_are_true(name, make):
 @pytest.mark.parametrize(("name", "make"), CASES)
 def test_the_fake_is_true_in_bfloat16(name, make):
     args = [x.bfloat16() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in make()]
-    if name in ("rope", "linear_fp8_scaled", "linear_int8_blockwise", "linear_int8_rowwise"):
+    if name in ("rope", "linear_fp8_scaled") or name.startswith("product_"):
         args[1:] = make()[1:]  # tables and scales are float32 always
     torch.library.opcheck(getattr(torch.ops.turbowan, name).default, args, test_utils="test_faketensor")
 
@@ -147,7 +180,8 @@ def test_gradient_and_tangent_agree_with_differences(name, make):
     direction = tuple(torch.randn_like(x) for x in inputs)
 
     def function(*tensors):
-        return OPERATIONS[name](*place(tensors))
+        out = OPERATIONS[name](*place(tensors))
+        return out if isinstance(out, torch.Tensor) else torch.cat([x.flatten() for x in out])
 
     weights = torch.randn_like(function(*inputs))
     out, tangent = torch.func.jvp(function, inputs, direction)
@@ -167,13 +201,13 @@ def test_gradient_and_tangent_agree_with_differences(name, make):
     assert (difference - tangent).norm() <= 2e-2 * tangent.norm() + 1e-6
 
 
-@pytest.mark.parametrize("name", ["linear_int8_blockwise", "linear_int8_rowwise"])
-def test_what_has_no_tangent_refuses(name):
+@pytest.mark.parametrize("format", ["fp8_rowwise", "int8_blockwise", "int8_rowwise"])
+def test_what_has_no_tangent_refuses(format):
     from turbowan.errors import MachineError
 
-    x, *rest = SAMPLES[name][0]()
+    x, weight = draw(5, 140), getattr(ops, f"quantize_{format}")(draw(9, 140))
     with pytest.raises(MachineError, match="has no gradient"):
-        torch.func.jvp(lambda y: OPERATIONS[name](y, *rest), (x,), (x,))
+        torch.func.jvp(lambda y: getattr(ops, f"linear_{format}")(y, *weight), (x,), (x,))
 
 
 @pytest.mark.parametrize(("name", "make"), CASES)

@@ -122,5 +122,5 @@ def test_autocast_does_not_touch_the_integer_product(relative_error):
 
 def test_has_no_gradient_and_says_so():
     weight = ops.quantize_int8_blockwise(torch.randn(8, 16))
-    with pytest.raises(MachineError, match="linear_int8_blockwise has no gradient"):
+    with pytest.raises(MachineError, match="product_int8_blockwise has no gradient"):
         ops.linear_int8_blockwise(torch.randn(2, 16, requires_grad=True), *weight)

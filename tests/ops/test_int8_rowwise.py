@@ -51,5 +51,5 @@ def test_long_rows_sum_exactly():
 
 def test_has_no_gradient_and_says_so():
     weight, scale = ops.quantize_int8_rowwise(torch.randn(8, 16))
-    with pytest.raises(MachineError, match="linear_int8_rowwise has no gradient"):
+    with pytest.raises(MachineError, match="product_int8_rowwise has no gradient"):
         ops.linear_int8_rowwise(torch.randn(2, 16, requires_grad=True), weight, scale)

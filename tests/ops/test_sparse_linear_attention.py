@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from turbowan import ops
 from turbowan.errors import RequestError
+from turbowan.ops.block_map import block_means
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -220,6 +221,27 @@ def test_gradients_are_the_masked_formulas(length, size, block_q, block_k, monke
         ours = torch.autograd.grad((out * weights).sum(), inputs)
         for name, gradient, exact in zip(("q", "k", "v", "proj_weight", "proj_bias"), ours, expected, strict=True):
             assert relative_error(gradient, exact) <= 3e-4, name  # the bar is 1e-3; 2e-5 was seen
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("length", [40, 450])
+def test_means_that_are_given_select_the_same(length, geometry, relative_error):
+    """Whole numbers: a mean taken off block by block leaves what one taken off token by token does."""
+    inputs = [x.mul(2).round() for x in draw(2, length, 2, 64)[:3]]
+    projection = draw(1, 1, 1, 64)[3:]
+    means = [block_means(x.transpose(1, 2), block) for x, block in zip(inputs, geometry, strict=False)]
+    ours = ops.sparse_linear_attention(*inputs, *projection, 0.4, *geometry, means=means)
+    expected = ops.sparse_linear_attention(*inputs, *projection, 0.4, *geometry)
+    differing = (ours - expected).abs().amax(dim=(0, 2, 3)) > 1e-4
+    assert differing.float().mean() <= 0.3, "more than a near tie or two"
+
+
+def test_means_decide():
+    """Given means that favour the second key block, it is the one attended to."""
+    q, k, v, weight, bias = draw(1, 128, 1, 64)
+    q_means, k_means = torch.ones(1, 1, 1, 64), torch.tensor([0.0, 1.0])[None, None, :, None].expand(1, 1, 2, 64)
+    out = ops.sparse_linear_attention(q, k, v, 0 * weight, 0 * bias, 0.5, means=(q_means, k_means))
+    assert torch.allclose(out, ops.attention(q, k[:, 64:], v[:, 64:]), atol=1e-5)
 
 
 def test_refuses_bad_arguments():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .registry import Operation, forward_mode
+from .triton import offer
 
 _PLAIN_SCORES = 1 << 27  # at a time, about 3 GB with their tangents
 
@@ -33,7 +34,7 @@ def _count_bias(count: int) -> tuple[float, float]:
     return first, math.log(count - math.exp(first))
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
+def in_plain_pytorch(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bias = None
     if last_key_count > 1:  # n equal keys weigh as one whose logit is larger by log n
@@ -47,7 +48,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-_operation = Operation("attention", _eager, _fake)
+_operation = Operation("attention", in_plain_pytorch, _fake)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, last_key_count: int = 1) -> Tensor:
@@ -61,3 +62,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_key_count: int = 1) -> Tenso
         [B, L, H, D] in q's dtype.
     """
     return _operation(q, k, v, last_key_count)
+
+
+offer(_operation, "short_attention", "attention", head_sizes=(64, 128))

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .epilogue import check_activation, finish, product_fake, product_flops
 from .registry import Operation
+from .triton import offer
 
 BLOCK = 128
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -38,22 +41,27 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float().T
 
 
-def _linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    codes, scale = _quantize(x)
-    out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
-    row, column = (torch.arange(n, device=x.device) // BLOCK for n in out.shape)
+def _product(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    out = codes.new_zeros(codes.shape[0], weight.shape[0], dtype=torch.float32)
+    row, column = (torch.arange(n, device=codes.device) // BLOCK for n in out.shape)
     for i in range(scale.shape[1]):
         part = slice(i * BLOCK, (i + 1) * BLOCK)
         out += integer_product(codes[:, part], weight[:, part]) * (scale[row, i, None] * weight_scale[column, i])
-    return (out if bias is None else out + bias.float()).to(x.dtype)
-
-
-def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return finish(out, bias, dtype, activation)
 
 
 _quantize_operation = Operation("quantize_int8_blockwise", _quantize, _quantize_fake)
-_linear_operation = Operation("linear_int8_blockwise", _linear, _linear_fake, gradient=False)
+_product_operation = Operation(
+    "product_int8_blockwise", _product, product_fake, product_flops, gradient=False, reads=torch.int8
+)
 
 
 def quantize_int8_blockwise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,17 +82,46 @@ def dequantize_int8_blockwise(codes: Tensor, scale: Tensor, dtype: torch.dtype =
     return (codes.float() * scale[row[:, None], column]).to(dtype)
 
 
+def product_int8_blockwise(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """Rows already in int8 blocks times W^T + bias: integer products per block, float32 sums over blocks.
+
+    Args:
+        codes: int8 [M, K]. scale: float32 [ceil(M / 128), ceil(K / 128)]. weight: int8 [N, K].
+        weight_scale: float32 [ceil(N / 128), ceil(K / 128)]. bias: [N] or None. dtype: of the result.
+        activation: "none", or "gelu_tanh" of the rounded result. Any K: a part block counts as zero-filled.
+
+    Returns:
+        [M, N] in `dtype`, rounded once, after the bias.
+
+    Raises:
+        RequestError: no such activation.
+    """
+    check_activation(activation)
+    return _product_operation(codes, scale, weight, weight_scale, bias, dtype, activation)
+
+
 def linear_int8_blockwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with both sides in int8, integer products per block, float32 sums over blocks.
+    """x W^T + bias with both sides in int8 blocks.
 
     The activation is quantised inside. In a batch its blocks never cross samples: the caller passes one sample's rows,
     or rows padded to a multiple of 128 per sample.
 
     Args:
         x: [M, K]. weight: int8 [N, K]. weight_scale: float32 [ceil(N / 128), ceil(K / 128)]. bias: [N] or None.
-        Any K: a part block counts as zero-filled.
 
     Returns:
         [M, N] in x's dtype, rounded once, after the bias.
     """
-    return _linear_operation(x, weight, weight_scale, bias)
+    return product_int8_blockwise(*quantize_int8_blockwise(x), weight, weight_scale, bias, x.dtype)
+
+
+offer(_quantize_operation, "quantize", "quantize_int8_blockwise", dtypes=FLOATS)
+offer(_product_operation, "matmul_int8", "product_int8_blockwise", dtypes=(torch.int8,))

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ class Constraints:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
+    package: str | None = None  # that must be installed
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts are outside the constraints, in a few words; None when they are inside."""
@@ -56,7 +59,14 @@ class Constraints:
             return f"needs head size {'/'.join(map(str, self.head_sizes))}, got {facts.head_size}"
         if self.min_capability is not None and (facts.capability or (0, 0)) < self.min_capability:
             return f"needs compute capability {self.min_capability}, got {facts.capability}"
+        if self.package is not None and not _installed(self.package):
+            return f"needs the package {self.package}, which is not installed"
         return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class Operation:
         fake: same arguments, returns empty tensors of the right shape and dtype.
         flops: multiply-adds times two from the arguments' shapes, for `torch.utils.flop_counter`.
         gradient: False where rounding leaves none; asking for one is then an error instead of zeros.
+        reads: the dtype of the first argument, where it is always the same.
     """
 
     def __init__(
@@ -109,8 +120,10 @@ class Operation:
         fake: Callable[..., Any],
         flops: Callable[..., int] | None = None,
         gradient: bool = True,
+        reads: torch.dtype | None = None,
     ) -> None:
         self.name = name
+        self.reads = reads
         self.eager = eager
         self.gradient = gradient
         self.implementations: list[Implementation] = [Implementation("eager", eager)]
@@ -200,7 +213,10 @@ def force(**names: str) -> Iterator[None]:
 
 def explain(facts: Facts) -> dict[str, Choice]:
     """What each operation would use for these facts, and why; printed by `turbowan doctor`."""
-    return {name: operation.select(facts, operation.forced) for name, operation in sorted(OPERATIONS.items())}
+    return {
+        name: operation.select(replace(facts, dtype=operation.reads or facts.dtype), operation.forced)
+        for name, operation in sorted(OPERATIONS.items())
+    }
 
 
 def compile_eager(name: str) -> None:

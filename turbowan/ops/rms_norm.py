@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .registry import Operation
+from .triton import offer
 
 
 def _eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,6 +17,7 @@ def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _operation = Operation("rms_norm", _eager, _fake)
+offer(_operation, "rms_norm", "rms_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

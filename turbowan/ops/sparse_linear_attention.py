@@ -4,7 +4,7 @@ Two branches are added: exact attention over the selected key blocks, and linear
 `proj_l`. Source: thu-ml/SLA and thu-ml/SpargeAttn (Apache-2.0); constants as in `TurboDiffusion/SLA`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .attention import dot_product_attention
-from .block_map import block_map, kept_blocks
+from .block_map import block_map, kept_blocks, selected_from_means
 from .registry import Operation, differentiated
+from .triton import offer
 
 PRECISIONS = ("bf16", "int8")
 _GATHER_ELEMENTS = 1 << 27  # bounds the scratch memory of the exact branch: never an L x L mask
@@ -46,7 +47,7 @@ def _query_chunks(query_blocks: int, elements_per_block: int) -> Iterator[slice]
         yield slice(start, min(start + step, query_blocks))
 
 
-def _sparse_branch(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int, block_k: int) -> Tensor:
+def exact_branch(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int, block_k: int) -> Tensor:
     """Exact attention over the chosen key blocks: [B, H, L, D]. Gathers a bounded number of query blocks at a time."""
     length = q.shape[2]
     query, key, value = _blocks(q, block_q), _blocks(k, block_k), _blocks(v, block_k)
@@ -70,7 +71,7 @@ def _quantize_block(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.trunc(ratio + torch.where(ratio < 0, -0.5, 0.5)), scale
 
 
-def _sparse_branch_int8(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int, block_k: int) -> Tensor:
+def exact_branch_int8(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int, block_k: int) -> Tensor:
     """The sparse branch with SageSLA's rounding: int8 q and k per block, e4m3 v per channel, e4m3 probabilities.
 
     Streams over each query block's keys in ascending order, as the official kernels do: a probability is rounded
@@ -109,7 +110,7 @@ def _linear_branch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ (k.transpose(-1, -2) @ v)) / (1e-5 + (q * k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True))
 
 
-def _eager(
+def in_plain_pytorch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,10 +120,15 @@ def _eager(
     block_q: int,
     block_k: int,
     precision: str,
+    q_means: Tensor | None = None,
+    k_means: Tensor | None = None,
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    chosen = _selected(q.detach(), k.detach(), topk_ratio, block_q, block_k)  # no gradient through the selection
-    branch = _sparse_branch_int8 if precision == "int8" else _sparse_branch
+    if q_means is None or k_means is None:
+        chosen = _selected(q.detach(), k.detach(), topk_ratio, block_q, block_k)  # no gradient through the selection
+    else:
+        chosen = selected_from_means(q_means.detach(), k_means.detach(), k.shape[2], topk_ratio, block_k)
+    branch = exact_branch_int8 if precision == "int8" else exact_branch
     sparse = branch(q, k, v, chosen, block_q, block_k)
     linear = F.linear(_linear_branch(q, k, v), proj_weight.to(q.dtype), proj_bias.to(q.dtype))
     return (sparse + linear).transpose(1, 2).contiguous()
@@ -138,11 +144,13 @@ def _fake(
     block_q: int,
     block_k: int,
     precision: str,
+    q_means: Tensor | None = None,
+    k_means: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-_operation = Operation("sparse_linear_attention", _eager, _fake)
+_operation = Operation("sparse_linear_attention", in_plain_pytorch, _fake)
 
 
 def sparse_linear_attention(
@@ -155,6 +163,7 @@ def sparse_linear_attention(
     block_q: int = 128,
     block_k: int = 64,
     precision: str = "bf16",
+    means: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attention over the top key blocks plus a projected linear branch over all keys.
 
@@ -164,6 +173,8 @@ def sparse_linear_attention(
         topk_ratio: share of key blocks kept, in (0, 1].
         block_q, block_k: tokens per block, 128 and 64; the official SageSLA uses 64 and 128 on Hopper.
         precision: "bf16" multiplies in q's dtype (SLA); "int8" rounds q, k, v and probabilities to 8 bits (SageSLA).
+        means: float32 means of q's and of k's blocks, [B, H, ceil(L / block_q), D] and [B, H, ceil(L / block_k), D],
+            if the producer of q and k has them already; the selection then needs no pass over q and k.
 
     Returns:
         [B, L, H, D] in q's dtype.
@@ -177,4 +188,8 @@ def sparse_linear_attention(
         raise RequestError(f"sla_topk must be in (0, 1], got {topk_ratio}")
     if precision == "int8" and differentiated((q, k, v)):
         raise RequestError("SageSLA rounds to 8 bits and has no gradient; train with 'sla' (precision 'bf16')")
-    return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision)
+    q_means, k_means = (None, None) if means is None else means
+    return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision, q_means, k_means)
+
+
+offer(_operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128))

@@ -1,0 +1,45 @@
+"""Where Triton is not installed (Windows, macOS) everything imports and runs in plain PyTorch, and says so."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+SCRIPT = """
+    import sys
+    from importlib.machinery import PathFinder
+
+    class WithoutTriton:
+        def find_spec(self, name, path=None, target=None):
+            return None if name.partition(".")[0] == "triton" else PathFinder.find_spec(name, path, target)
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTriton()
+
+    import torch
+    from turbowan import ops
+    from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
+    from turbowan.models.pack import join_qkv, round_linears
+
+    torch.manual_seed(0)
+    net = WanTransformer(TransformerConfig(128, 256, 2, 24, has_sla=True), AttentionConfig("sla", 0.5, 64, 64)).eval()
+    round_linears(net, "int8_row")
+    join_qkv(net)
+    with torch.no_grad():
+        out = net(torch.randn(2, 16, 2, 12, 10), torch.tensor([900.0, 300.0]), torch.randn(2, 3, 24))
+    assert out.isfinite().all()
+    facts = ops.Facts("cuda", torch.bfloat16, 128, (9, 0))
+    for name, choice in ops.explain(facts).items():
+        assert choice.implementation.name != "triton", name
+    refused = dict(ops.explain(facts)["sparse_linear_attention"].refused)
+    assert refused["triton"] == "needs the package triton, which is not installed", refused
+    assert not [name for name in sys.modules if name.partition(".")[0] == "triton"]
+"""
+
+
+def test_everything_runs_in_plain_pytorch():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        capture_output=True, text=True, timeout=120, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

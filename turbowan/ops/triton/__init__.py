@@ -1,0 +1,43 @@
+"""Our kernels. Nothing here is imported before one of them runs, so the package works where there is no Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..registry import Constraints, Implementation, Operation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: it stays as it was then
+
+
+def offer(
+    operation: Operation,
+    module: str,
+    function: str,
+    name: str = "triton",
+    dtypes: tuple[torch.dtype, ...] | None = (torch.bfloat16, torch.float16),
+    head_sizes: tuple[int, ...] | None = None,
+    min_capability: tuple[int, int] = (8, 0),
+    priority: int = 1,
+) -> None:
+    """Let an operation choose a kernel: `function` of the file `module` beside this one, loaded at its first use.
+
+    With Triton's interpreter (`TRITON_INTERPRET=1`) it also runs on a CPU, in float32 and float16 too, where it is
+    forced: for tests.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return _load(module, function)(*args, **kwargs)
+
+    cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, package="triton")
+    operation.add(Implementation(name, run, cuda, priority))
+    if INTERPRETED:
+        operation.add(Implementation(name, run, Constraints(("cpu",), None, head_sizes, package="triton"), -1))
+
+
+def _load(module: str, function: str) -> Callable[..., Any]:
+    return getattr(import_module(f".{module}", __name__), function)  # type: ignore[no-any-return]

@@ -1,0 +1,115 @@
+"""GELU and rounding to 8 bits in one pass: by whole rows, or by blocks of 128 x 128."""
+
+# mypy: disable-error-code="assignment"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..fp8_rowwise import quantize_fp8_rowwise
+from ..int8_blockwise import BLOCK
+from .rounding import (
+    CODES,
+    COMPILED,
+    block_codes,
+    chunk_of,
+    config_for,
+    has_fp8,
+    load_row,
+    rounded,
+    store_row,
+    warps_for,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """warps: of a row's program; 0 = by the width. block_warps: of a block's."""
+
+    warps: int = 0
+    block_warps: int = 8
+
+
+CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+
+
+def candidates() -> list[Config]:
+    """What the sweep tries."""
+    return [Config(warps, 8) for warps in (0, 2, 4, 8, 16)] + [Config(0, 16)]
+
+
+def gelu_rows(x: Tensor, format: str, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """The operation `gelu_rows`."""
+    if format == "fp8_row" and not has_fp8(x.device):
+        return quantize_fp8_rowwise(gelu_rows(x, "bf16", config)[0])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    config = config or config_for(CONFIGS, x.device)
+    batch, length, width = x.shape
+    per_block = format == "int8_block"
+    blocks = triton.cdiv(length, BLOCK)
+    padded = blocks * BLOCK if per_block and batch > 1 else length
+    shape = (batch * blocks, triton.cdiv(width, BLOCK)) if per_block else (batch * length, 1)
+    rows = x.new_empty((batch * padded, width), dtype=CODES.get(format, x.dtype))
+    scale = x.new_empty(0) if format == "bf16" else x.new_empty(shape, dtype=torch.float32)
+    if per_block:
+        _block_kernel[(triton.cdiv(width, BLOCK), blocks, batch)](
+            x, rows, scale, length, padded, x.stride(0), x.stride(1), WIDTH=width, BLOCK=BLOCK,
+            num_warps=config.block_warps,
+        )  # fmt: skip
+    else:
+        warps = config.warps or warps_for(width)
+        _row_kernel[(length, batch)](
+            x, rows, scale, x.stride(0), x.stride(1), WIDTH=width, CHUNK=chunk_of(warps), FORMAT=format,
+            num_warps=warps,
+        )  # fmt: skip
+    return rows, scale
+
+
+@triton.jit
+def _gelu(x):
+    """x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3): GELU's tanh form without its cancellation."""
+    exponent = x * (-2.302208198 - 0.1029432397 * (x * x))  # -2 log2(e) u
+    divisor = 1.0 + tl.exp2(exponent)
+    if COMPILED:  # a plain division spends four more instructions on divisors above 2^126
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return x * inverse
+    else:
+        return x / divisor
+
+
+@triton.jit
+def _row_kernel(
+    x, rows, scale, stride_b, stride_l, WIDTH: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr
+):
+    """One row."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    row, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    dense = sample * tl.num_programs(0) + row
+    parts = load_row(x + sample * stride_b + row * stride_l, WIDTH, CHUNK)
+    outs = ()
+    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
+        out = _gelu(parts[i].to(tl.float32))
+        outs = outs + (out if FORMAT == "bf16" else rounded(out, dtype),)
+    store_row(rows + dense * WIDTH, scale + dense, outs, WIDTH, CHUNK, FORMAT)
+
+
+@triton.jit
+def _block_kernel(
+    x, codes, scale, length, padded, stride_b, stride_l, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One block of BLOCK x BLOCK; rows from `length` up to `padded` become zeros."""
+    sample = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < length) & (column < WIDTH)
+    part = tl.load(x + sample * stride_b + row * stride_l + column, mask=inside, other=0.0)
+    found, found_scale = block_codes(rounded(_gelu(part.to(tl.float32)), part.dtype))
+    tl.store(codes + (sample * padded + row) * WIDTH + column, found, mask=(row < padded) & (column < WIDTH))
+    index = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(scale + index, found_scale)

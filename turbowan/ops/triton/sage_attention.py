@@ -1,0 +1,176 @@
+"""SageSLA's sparse branch in 8 bits, rounded step by step as the eager twin does, with the linear branch added."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_state import EPSILON, add_linear_branch
+from .online_softmax import LOG2_E, can_describe, load_rows, rows_of
+from .rounding import config_for
+from .sage_quantize import to_e4m3, to_int8
+
+
+@triton.jit(do_not_specialize=["length", "padded", "k_blocks", "kept"])
+def _kernel(
+    q,
+    k,
+    v,
+    out,
+    lists,
+    k_scales,
+    v_scales,
+    folded,
+    key_sums,
+    bias,
+    length,
+    padded,
+    k_blocks,
+    kept,
+    scale,
+    epsilon,
+    q_stride_l,
+    q_stride_h,
+    ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Rows of a query block of one head; all rows of the block share their scale."""
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    inside = (rows < length)[:, None]
+    columns = tl.arange(0, D)
+    q += head.to(tl.int64) * q_stride_h + columns[None, :]
+    lists += (head.to(tl.int64) * tl.cdiv(length, BLOCK_Q) + first // BLOCK_Q) * kept
+    query = tl.load(q + rows.to(tl.int64)[:, None] * q_stride_l, mask=inside, other=0.0).to(tl.float32)
+    largest = 0.0
+    if ROWS < BLOCK_Q:  # the other half of the block
+        others = first // BLOCK_Q * BLOCK_Q + (first + ROWS) % BLOCK_Q + tl.arange(0, ROWS)
+        others = q + others.to(tl.int64)[:, None] * q_stride_l, (others < length)[:, None]
+        other = tl.abs(tl.load(others[0], mask=others[1], other=0.0).to(tl.float32))
+        largest = tl.max(tl.max(other, axis=1), axis=0)
+    query, q_scale = to_int8(query, inside, largest)
+    q += rows.to(tl.int64)[:, None] * q_stride_l
+    scale *= q_scale
+
+    OFFSET: tl.constexpr = 8.807  # probabilities are scaled by 2^8.807, at most 447.9, before they become e4m3
+    top = tl.full((ROWS,), -5e6, dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    mixed = tl.zeros((ROWS, D), dtype=tl.float32)
+    for j in tl.range(0, kept, num_stages=STAGES):
+        index = tl.load(lists + j)
+        start = index * BLOCK_K
+        keys = load_rows(k, start, head * D, length, heads * D, BLOCK_K, D, DESCRIPTORS)
+        step = scale * tl.load(k_scales + head * k_blocks + index)
+        logits = tl.dot(query, tl.trans(keys)).to(tl.float32)
+        if start + BLOCK_K > length:
+            logits = tl.where((start + tl.arange(0, BLOCK_K) < length)[None, :], logits, -1e30)
+        new_top = tl.maximum(top, tl.max(logits, axis=1) * step)
+        p = tl.exp2(logits * step - (new_top - OFFSET)[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(p, axis=1)
+        values = load_rows(v, head * D, start, heads * D, padded, D, BLOCK_K, DESCRIPTORS)
+        # Hopper adds e4m3 products with 14 bits only: one block at a time, summed in float32
+        mixed = mixed * decay[:, None] + tl.dot(to_e4m3(p, NATIVE), tl.trans(values))
+        top = new_top
+
+    query = tl.load(q, mask=inside, other=0.0, cache_modifier=".cg")
+    result = mixed / total[:, None] * tl.load(v_scales + head * D + columns)[None, :]
+    result = add_linear_branch(result, query, folded + head * D * D, key_sums + head * D, bias, epsilon, D)
+    out += (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None, :]
+    tl.store(out, result.to(query.dtype), mask=inside)
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows: of a program, 64 or 128, at most the query block's; four warps hold 64.
+
+    descriptors: whether Hopper's copy engine loads keys and values.
+    """
+
+    rows: int
+    stages: int
+    descriptors: bool = False
+
+
+# by capability; the nearest below counts. (9, 0): of 14B at 832x480, 64 rows take 3.8 ms where 128 take 5.4
+CONFIGS = {
+    (8, 9): Config(64, 2),  # not measured
+    (9, 0): Config(64, 3, True),
+}
+
+
+def candidates(block_q: int, block_k: int) -> list[Config]:
+    """What a sweep tries."""
+    heights = [rows for rows in (64, 128) if rows <= block_q]
+    return [Config(*how) for how in product(heights, (2, 3, 4), (True, False))]
+
+
+def sage_attention(
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    lists: Tensor,
+    folded: Tensor,
+    key_sums: Tensor,
+    bias: Tensor,
+    block_q: int,
+    block_k: int,
+    config: Config | None = None,
+) -> Tensor:
+    """8-bit attention over the listed key blocks plus the linear branch.
+
+    Args:
+        q: [B, L, H, D], last axis contiguous. keys, values: of `quantize_keys` and `quantize_values`.
+        lists: int32 [B, H, Nq, kept], ascending. folded, key_sums: of `linear_state`. bias: [D].
+
+    Returns:
+        [B, L, H, D] in q's dtype, contiguous.
+    """
+    config = config or config_for(CONFIGS, q.device)
+    rows = min(config.rows, block_q)
+    (k, k_scales), (v, v_scales) = keys, values
+    length, heads, size = q.shape[1:]
+    padded = v.shape[-1]
+    v = v.view(len(v), heads * size, 1, padded)
+    descriptors = config.descriptors and can_describe(k, v)
+    out = q.new_empty(q.shape)
+    for b in range(q.shape[0]):
+        _kernel[(triton.cdiv(length, rows), heads)](
+            q[b],
+            rows_of(k[b], block_k, size, descriptors),
+            rows_of(v[b], size, block_k, descriptors),
+            out[b],
+            lists[b],
+            k_scales[b],
+            v_scales[b],
+            folded[b],
+            key_sums[b],
+            bias,
+            length,
+            padded,
+            k_scales.shape[-1],
+            lists.shape[-1],
+            size**-0.5 * LOG2_E,
+            EPSILON * size / length,
+            *q.stride()[1:3],
+            ROWS=rows,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            D=size,
+            DESCRIPTORS=descriptors,
+            NATIVE=v.dtype == torch.float8_e4m3fn,
+            STAGES=config.stages,
+            num_warps=rows // 16,
+            num_stages=config.stages,
+        )
+    return out

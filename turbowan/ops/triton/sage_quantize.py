@@ -1,0 +1,129 @@
+"""What SageSLA multiplies: int8 codes of q and k with a scale per block, e4m3 codes of v with a scale per channel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .select_blocks import less_mean
+
+V_RANGE = 2.25  # the largest |v| after scaling, as in the eager twin
+_PAD = 128  # v's tokens are filled up with zeros to a multiple
+
+
+@triton.jit
+def to_int8(x, rows_inside, largest=0.0):
+    """A float32 block as codes (half away from zero) and its scale; rows outside count as zero. largest: the size of
+    the largest number that shares the scale elsewhere."""
+    x = tl.where(rows_inside, x, 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), largest) / 127 + 1e-7
+    ratio = x / scale
+    return (ratio + tl.where(ratio < 0, -0.5, 0.5)).to(tl.int8), scale
+
+
+@triton.jit
+def to_e4m3(x, NATIVE: tl.constexpr):
+    """float32 below 448 in size -> e4m3, half to even. Not native: the same values in float32 (Triton's interpreter
+    rounds e4m3 otherwise)."""
+    if NATIVE:
+        out = x.to(tl.float8e4nv)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        out = tl.where(tl.abs(x) < 2**-6, (x + 24576.0) - 24576.0, normal)  # steps of 2^-9
+    return out
+
+
+@triton.jit(do_not_specialize=["length"])
+def _keys(
+    k, k_mean, codes, scales, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr
+):
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < length)[:, None]
+    rows = rows.to(tl.int64)[:, None]
+    columns = tl.arange(0, D)
+    k += (head // heads) * stride_b + (head % heads) * stride_h
+    tile = tl.load(k + rows * stride_l + columns[None, :], mask=inside, other=0.0)
+    out, scale = to_int8(less_mean(tile, k_mean + head * D, D).to(tl.float32), inside)
+    at = (((head // heads) * length + rows) * heads + head % heads) * D + columns[None, :]
+    tl.store(codes + at, out, mask=inside)
+    tl.store(scales + head * tl.num_programs(0) + block, scale)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _peaks(v, peaks, length, heads, stride_b, stride_l, stride_h, CHUNK: tl.constexpr, D: tl.constexpr):
+    chunk = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, D)
+    v += (head // heads) * stride_b + (head % heads) * stride_h
+    peak = tl.zeros((64, D), dtype=tl.float32)
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), 64):
+        rows = start + tl.arange(0, 64)
+        at = rows.to(tl.int64)[:, None] * stride_l + columns[None, :]
+        tile = tl.load(v + at, mask=(rows < length)[:, None], other=0.0)
+        peak = tl.maximum(peak, tl.abs(tile.to(tl.float32)))
+    tl.store(peaks + (head * tl.num_programs(0) + chunk) * D + columns, tl.max(peak, axis=0))
+
+
+@triton.jit(do_not_specialize=["length"])
+def _values(
+    v,
+    scales,
+    codes,
+    length,
+    padded,
+    heads,
+    stride_b,
+    stride_l,
+    stride_h,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, D)
+    v += (head // heads) * stride_b + (head % heads) * stride_h
+    at = rows.to(tl.int64)[:, None] * stride_l + columns[None, :]
+    tile = tl.load(v + at, mask=(rows < length)[:, None], other=0.0).to(tl.float32)
+    out = to_e4m3(tile / tl.load(scales + head * D + columns)[None, :], NATIVE)
+    tl.store(codes + (head * D + columns[:, None]) * padded + rows[None, :], tl.trans(out))
+
+
+def quantize_keys(k: Tensor, k_mean: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """k less its mean over all tokens, both rounded to k's dtype.
+
+    Args:
+        k: [B, L, H, D]. k_mean: float32 [B, H, D].
+
+    Returns:
+        int8 [B, L, H, D], contiguous, and float32 scales [B, H, ceil(L / block)].
+    """
+    batch, length, heads, size = k.shape
+    blocks = triton.cdiv(length, block)
+    codes = k.new_empty(k.shape, dtype=torch.int8)
+    scales = k.new_empty((batch, heads, blocks), dtype=torch.float32)
+    grid = (blocks, batch * heads)
+    _keys[grid](k, k_mean, codes, scales, length, heads, *k.stride()[:3], block, size, num_warps=4)
+    return codes, scales
+
+
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v [B, L, H, D] -> e4m3 [B, H, D, padded L], tokens last as fp8 products on Hopper want them, zero at the end
+    (float32 with the same values on a CPU), and float32 scales [B, H, D]."""
+    batch, length, heads, size = v.shape
+    chunk = 2048
+    chunks = triton.cdiv(length, chunk)
+    peaks = v.new_empty((batch, heads, chunks, size), dtype=torch.float32)
+    _peaks[(chunks, batch * heads)](v, peaks, length, heads, *v.stride()[:3], chunk, size, num_warps=8)
+    scales = peaks.amax(dim=2).clamp_(min=1e-12).div_(V_RANGE)
+    padded = triton.cdiv(length, _PAD) * _PAD
+    dtype = torch.float8_e4m3fn if v.is_cuda else torch.float32
+    codes = v.new_empty((batch, heads, size, padded), dtype=dtype)
+    grid = (padded // _PAD, batch * heads)
+    _values[grid](
+        v, scales, codes, length, padded, heads, *v.stride()[:3], _PAD, size, v.is_cuda, num_warps=8
+    )  # fmt: skip
+    return codes, scales
