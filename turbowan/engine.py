@@ -106,7 +106,7 @@ class Engine:
             self.config, self.manifest.name, settings.attention, settings.sla_topk, **self.blocks
         )
         settings = replace(settings, attention=attention.kind, num_samples=len(prompts))
-        how = Execution(self.device, _dtype(request.precision, self.device), attention, request.norms)
+        how = Execution.of(request, self.device, attention)
         sizes = self.part_sizes(how.dtype)
         plan = make_plan(request.memory, sizes, self.device, request.gpu_budget, self.parts.nbytes)
         self.parts.keep = plan.keep
@@ -157,12 +157,6 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device '{device}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

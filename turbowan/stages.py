@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
 from .memory.residency import Residency
+from .models.pack import prepare
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
-from .models.transformer import AttentionConfig, WanTransformer
+from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
+from .request import GenerateRequest
 from .sampling import flow, rcm
 from .sampling.experts import expert_for
 from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
+LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row"}  # by the request's precision
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
 
@@ -40,12 +44,28 @@ class Condition:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the numbers are made, whatever they mean. dtype: of weights and activations."""
+    """How the numbers are made, whatever they mean.
+
+    dtype: of weights and activations. linears: the 8-bit format that the transformer's linear layers are turned into;
+    None leaves them as the file has them.
+    """
 
     device: torch.device
     dtype: torch.dtype
     attention: AttentionConfig
     norms: str
+    linears: str | None = None
+
+    @classmethod
+    def of(cls, request: GenerateRequest, device: torch.device, attention: AttentionConfig) -> Execution:
+        """As a request wants it: "float32" and "bf16" name the dtype, all else leaves it to the device."""
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(request.precision, auto)
+        return cls(device, dtype, attention, request.norms, LINEAR_FORMATS.get(request.precision))
+
+    def variant(self, role: str) -> tuple[torch.dtype, str | None]:
+        """What tells two loaded forms of a part apart."""
+        return self.dtype, self.linears if role in _ROLE_OF.values() else None
 
 
 class Run:
@@ -72,6 +92,7 @@ class Run:
         self.settings, self.how, self.device, self.report = settings, how, how.device, report
         self.clock = Clock(how.device)
         self._expert = ""  # of the last step
+        self._told: tuple[WanTransformer, list[Context]] | None = None  # by that expert
         if settings.sampler == "rcm":
             self.times = rcm.timesteps(settings.num_steps, settings.sigma_max)
         else:
@@ -84,12 +105,12 @@ class Run:
             with self.clock.stage("load"):
                 return load(self.manifest.files[role], self.device, self.how.dtype)
 
-        for other in {torch.float32, torch.bfloat16} - {self.how.dtype}:
-            self.parts.release((role, other))
-        return self.parts.get((role, self.how.dtype), timed)
+        return self.parts.get(role, self.how.variant(role), timed)
 
-    def _done(self, role: str) -> None:
-        self.parts.done((role, self.how.dtype))
+    def _load_transformer(self, path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
+        net = load_transformer(path, device, dtype)
+        prepare(net, self.how.linears)
+        return net
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
@@ -101,7 +122,7 @@ class Run:
             ids, mask = self.tokenizer(distinct)
             rows = min(TEXT_LENGTH, int(mask.sum(dim=1).max()) + 1)  # the row after the prompt stands for the rest
             text = encoder(ids[:, :rows].to(self.device), mask[:, :rows].to(self.device))
-        self._done("text_encoder")
+        self.parts.done("text_encoder")
         self.report(Progress("text", 1, 1))
         wanted = text[[distinct.index(prompt) for prompt in prompts]]
         return wanted, text[-1:].expand(len(prompts), -1, -1) if guided else None
@@ -118,12 +139,12 @@ class Run:
             with self.clock.stage("condition"):
                 whole = to_tensor(image, image.height, image.width)
                 tokens = image_encoder(whole.to(self.device)).expand(n, -1, -1)
-            self._done("image_encoder")
+            self.parts.done("image_encoder")
         vae = self._part("vae", load_vae)
         with self.clock.stage("condition"):
             first = to_tensor(image, settings.height, settings.width).to(self.device)
             known = image_condition(vae.encode_first_frame(first, settings.num_frames)).expand(n, -1, -1, -1, -1)
-        self._done("vae")
+        self.parts.done("vae")
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
 
@@ -146,8 +167,9 @@ class Run:
                 latent = rcm.sample(velocity, noises, self.times, settings.ode, on_step)
             else:
                 latent = flow.sample(velocity, self._noises(shape, 1)[0], self.times, settings.sampler, on_step)
+        self._told = None
         for name in self.manifest.experts:
-            self._done(_ROLE_OF[name])
+            self.parts.done(_ROLE_OF[name])
         return latent
 
     def _noises(self, shape: Sequence[int], count: int) -> list[Tensor]:
@@ -170,25 +192,31 @@ class Run:
                 timestep = timestep.trunc()
             times = timestep.to(self.device).expand(latent.shape[0])
 
-            def evaluate(text: Tensor) -> Tensor:
-                return net(latent, times, text, condition.image, condition.image_tokens, text_rows=TEXT_LENGTH)
-
-            wanted = evaluate(condition.text)
-            if condition.empty_text is None:
+            told = self._tell(net, condition)
+            wanted = net(latent, times, told[0], condition.image)
+            if len(told) == 1:
                 return wanted
-            unwanted = evaluate(condition.empty_text)
+            unwanted = net(latent, times, told[1], condition.image)
             return unwanted + settings.guidance_scale * (wanted - unwanted)
 
         return velocity
 
+    def _tell(self, net: WanTransformer, condition: Condition) -> list[Context]:
+        """What this expert makes of the prompts and, with guidance, of the negative ones: once for all its steps."""
+        if self._told is None or self._told[0] is not net:
+            texts = [text for text in (condition.text, condition.empty_text) if text is not None]
+            self._told = net, [net.tell(text, condition.image_tokens, TEXT_LENGTH) for text in texts]
+        return self._told[1]
+
     def _transformer(self, t: float) -> WanTransformer:
         name = expert_for(t, self.settings.boundary) if self.manifest.two_experts else "single"
         if (self._expert, name) == ("high", "low"):
+            self._told = None  # or it would keep the other expert in memory
             with self.clock.stage("switch"):
-                self._done("high_noise")
-                net = self._part("low_noise", load_transformer)
+                self.parts.done("high_noise")
+                net = self._part("low_noise", self._load_transformer)
         else:
-            net = self._part(_ROLE_OF[name], load_transformer)
+            net = self._part(_ROLE_OF[name], self._load_transformer)
         self._expert = name
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
@@ -208,7 +236,7 @@ class Run:
                     done += len(samples)
                     self.report(Progress("decode", done, total))
                 videos += list(torch.cat(chunks, dim=2).permute(0, 2, 3, 4, 1).contiguous().numpy())
-        self._done("vae")
+        self.parts.done("vae")
         return videos
 
 

@@ -35,20 +35,21 @@ BYTES = 4 * (100 * 50 + 50) + 10
 
 def test_a_kept_part_is_loaded_once() -> None:
     parts, load = Residency(keep=True), Loader()
-    first = parts.get(("vae", torch.float32), load)
-    parts.done(("vae", torch.float32))
-    assert parts.get(("vae", torch.float32), load) is first
+    first = parts.get("vae", torch.float32, load)
+    parts.done("vae")
+    assert parts.get("vae", torch.float32, load) is first
     assert len(load.loaded) == 1
-    parts.get(("vae", torch.bfloat16), load)  # another precision is another part
-    assert load.alive == len(load.loaded) == 2
-    assert parts.nbytes == 2 * BYTES
+    del first
+    parts.get("vae", torch.bfloat16, load)  # another precision takes its place
+    assert (load.alive, len(load.loaded)) == (1, 2)
+    assert parts.nbytes == BYTES
 
 
 def test_a_part_that_is_not_kept_goes_after_its_stage() -> None:
     parts, load = Residency(keep=False), Loader()
     for _ in range(3):
-        parts.get("text", load)
-        assert parts.get("text", load) is parts.get("text", load)
+        parts.get("text", None, load)
+        assert parts.get("text", None, load) is parts.get("text", None, load)
         assert parts.nbytes == BYTES
         parts.done("text")
         assert load.alive == 0
@@ -58,7 +59,7 @@ def test_a_part_that_is_not_kept_goes_after_its_stage() -> None:
 
 def test_the_plan_may_change_between_requests() -> None:
     parts, load = Residency(keep=True), Loader()
-    parts.get("vae", load)
+    parts.get("vae", None, load)
     parts.keep = False
     parts.done("vae")
     assert load.alive == 0
@@ -67,7 +68,7 @@ def test_the_plan_may_change_between_requests() -> None:
 def test_release_and_clear() -> None:
     parts, load = Residency(), Loader()
     for key in "abc":
-        parts.get(key, load)
+        parts.get(key, None, load)
     parts.release("a")
     parts.release("a")  # again, or never loaded: nothing to do
     parts.done("never")
@@ -83,6 +84,6 @@ def test_a_failed_load_leaves_nothing() -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        parts.get("vae", fails)
+        parts.get("vae", None, fails)
     assert parts.nbytes == 0
-    assert isinstance(parts.get("vae", load), nn.Module)
+    assert isinstance(parts.get("vae", None, load), nn.Module)

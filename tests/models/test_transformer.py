@@ -12,7 +12,7 @@ from turbowan import ops
 from turbowan.checkpoints import load_transformer
 from turbowan.errors import RequestError
 from turbowan.models.linear import Fp8Linear
-from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, patchify, unpatchify
+from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, unpatchify
 
 TEXT_ROWS = 512
 
@@ -203,7 +203,8 @@ def test_a_block_is_its_written_formula(norms, make_transformer, relative_error)
     x, text, image = torch.randn(2, length, dim) + 2, torch.randn(2, 9, dim), torch.randn(2, 5, dim)
     modulation, rotation = torch.randn(2, 6, dim), ops.rope_table(3, 2, 5, 128)
     how = AttentionConfig("original")
-    ours = block(x, modulation, rotation, text, image, 7, how, norms)
+    before, (change, gate) = block(x, None, modulation, rotation, Context(text, image, 7), None, how, norms)
+    ours = before + change * gate
 
     wide = copy.deepcopy(block).double()
 
@@ -240,6 +241,19 @@ def test_a_block_is_its_written_formula(norms, make_transformer, relative_error)
     gelu = 0.5 * f * (1 + torch.tanh((2 / math.pi) ** 0.5 * (f + 0.044715 * f**3)))
     h = h + wide.ffn[2](gelu) * m[5]
     assert relative_error(ours, h) <= 1e-5
+
+
+@pytest.mark.parametrize(("in_dim", "image_dim"), [(16, None), (36, 24)])
+def test_what_a_request_tells_is_embedded_once(in_dim, image_dim, make_transformer):
+    """Keys and values made before the steps give exactly what each step would have made of the text."""
+    net = make_transformer(in_dim=in_dim, image_dim=image_dim)
+    latent, timestep, text = inputs(batch=2)
+    condition = torch.randn(2, 20, *latent.shape[2:]) if in_dim == 36 else None
+    tokens = None if image_dim is None else torch.randn(2, 5, image_dim)
+    told = net.tell(text, tokens, text_rows=text.shape[1] + 6)
+    expected = net(latent, timestep, text, condition, tokens, text_rows=text.shape[1] + 6)
+    assert torch.equal(net(latent, timestep, told, condition), expected)
+    assert len(told.blocks) == len(net.blocks)
 
 
 # --- gradients, tangents, compilation ---------------------------------------------------------------------------------
@@ -289,14 +303,16 @@ def test_a_block_compiles_in_one_piece(kind, training, make_transformer):
     block, how = net.blocks[0], AttentionConfig(kind, 0.4, 64, 64)
     x, modulation, text = torch.randn(2, 90, 256), torch.randn(2, 6, 256), torch.randn(2, 9, 256)
     rotation = ops.rope_table(3, 5, 6, 128)
-    args = (x, modulation, rotation, text, None, 504, how, "official")
+    change, context = (torch.randn_like(x), torch.randn(2, 1, 256)), Context(text, None, 504)
+    args = (x, change, modulation, rotation, context, None, how, "official")
     expected = block(*args)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     ours = compiled(*args)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     if training:
-        grads = [torch.autograd.grad(out.square().sum(), list(block.self_attn.parameters()), allow_unused=True)
-                 for out in (ours, expected)]  # fmt: skip
+        weights = list(block.self_attn.parameters())
+        losses = [x.square().sum() + delta.square().sum() for x, (delta, _) in (ours, expected)]
+        grads = [torch.autograd.grad(loss, weights, allow_unused=True) for loss in losses]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3)
 
 

@@ -48,7 +48,7 @@ def test_gradients_are_the_same_and_only_what_was_dropped_is_made_again(kind, pr
         for gradient, p in zip(expected, net.parameters(), strict=True):
             assert torch.equal(gradient, p.grad)
         net.zero_grad()
-        in_blocks = {"addmm": 10, "gelu": 1}[count] * SIZES.num_layers
+        in_blocks = {"addmm": 9, "gelu": 1}[count] * SIZES.num_layers  # a block's last product is what it gives away
         again = products if count == "addmm" else rest
         assert ours.counts[count] - plain.counts[count] == again * in_blocks
         checkpoint_activations(net, "none")

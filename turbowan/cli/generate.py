@@ -50,7 +50,9 @@ def generate(
     noise_device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_SAMPLING)] = "cpu",
     attention: Annotated[str, typer.Option(help="auto, original, sla, sagesla.", rich_help_panel=_MACHINE)] = "auto",
     sla_topk: Annotated[float | None, typer.Option(help="Share of key blocks kept.", rich_help_panel=_MACHINE)] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bf16.", rich_help_panel=_MACHINE)] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, bf16, int8 or fp8.", rich_help_panel=_MACHINE)
+    ] = "auto",
     norms: Annotated[str, typer.Option(help="exact or official.", rich_help_panel=_MACHINE)] = "exact",
     memory: Annotated[str, typer.Option(help="auto, speed, balanced, minimal.", rich_help_panel=_MACHINE)] = "auto",
     gpu_budget: Annotated[str | None, typer.Option(help="Such as 12GB.", rich_help_panel=_MACHINE)] = None,

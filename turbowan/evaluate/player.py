@@ -28,7 +28,7 @@ class Players:
 
     def __init__(self, device: str = "auto") -> None:
         self._device = device
-        self._engines: dict[tuple[str, torch.dtype | None], Engine] = {}
+        self._engines: dict[tuple[str, str], Engine] = {}
 
     def player(self, case: Case) -> Player:
         """Find the case's files and settle its settings; weights are read when first needed.
@@ -36,11 +36,10 @@ class Players:
         Raises:
             CheckpointError, MachineError, RequestError: as `Engine.load`, or the case does not fit the model.
         """
-        dtype = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}[case.request.precision]
-        key = (case.model, dtype)
+        key = (case.model, case.request.precision)
         if key not in self._engines:
             self._engines[key] = Engine.load(case.model, device=self._device)
-        return Player(case, self._engines[key], dtype)
+        return Player(case, self._engines[key])
 
     def in_float32_dense(self, player: Player) -> Player:
         """The player whose latents another one's are measured against: of the model `exact`, all else the same."""
@@ -56,9 +55,9 @@ class Players:
 class Player:
     """One case. size: frames, height and width of its videos."""
 
-    def __init__(self, case: Case, engine: Engine, dtype: torch.dtype | None) -> None:
+    def __init__(self, case: Case, engine: Engine) -> None:
         self.case, self.engine = case, engine
-        manifest, device = engine.manifest, engine.device
+        manifest = engine.manifest
         if engine.config.image_dim is not None:
             raise RequestError(f"{manifest.name} also reads its picture with CLIP, which is not evaluated")
         settings = resolve(case.request, manifest)
@@ -66,9 +65,7 @@ class Player:
             engine.config, manifest.name, settings.attention, settings.sla_topk, **engine.blocks
         )
         self.settings = replace(settings, attention=attention.kind)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.how = Execution(device, dtype, attention, case.request.norms)
+        self.how = Execution.of(case.request, engine.device, attention)
         self.size = (settings.num_frames, settings.height, settings.width)
 
     @property
@@ -87,6 +84,7 @@ class Player:
             "model": self.engine.manifest.name,
             **{name: settings[name] for name in kept},
             "precision": str(self.how.dtype).removeprefix("torch."),
+            **({"linears": self.how.linears} if self.how.linears else {}),
             "exact": self.case.exact,
         }
 
@@ -125,7 +123,7 @@ class Player:
 
     def _vae(self) -> WanVAE:
         path, how = self.engine.manifest.files["vae"], self.how
-        return self.engine.parts.get(("vae", how.dtype), lambda: load_vae(path, how.device, how.dtype))
+        return self.engine.parts.get("vae", how.variant("vae"), lambda: load_vae(path, how.device, how.dtype))
 
 
 class _SeededRun(Run):

@@ -19,32 +19,34 @@ class Residency:
 
     def __init__(self, keep: bool = True) -> None:
         self.keep = keep
-        self._parts: dict[Hashable, Any] = {}
+        self._parts: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, key: Hashable, load: Callable[[], Any]) -> Any:
-        """The part, loaded now if it is not there."""
-        if key not in self._parts:
-            self._parts[key] = load()
-        return self._parts[key]
+    def get(self, role: str, variant: Hashable, load: Callable[[], Any]) -> Any:
+        """The part in this variant (its precision), loaded now if it is not there; another variant is freed first."""
+        if role in self._parts and self._parts[role][0] != variant:
+            self.release(role)
+        if role not in self._parts:
+            self._parts[role] = variant, load()
+        return self._parts[role][1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights that are loaded."""
-        modules = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        modules = [part for _, part in self._parts.values() if isinstance(part, nn.Module)]
         return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
 
-    def done(self, key: Hashable) -> None:
+    def done(self, role: str) -> None:
         """The stage that needed this part is over; free it unless the plan keeps parts."""
         if not self.keep:
-            self.release(key)
+            self.release(role)
 
     def clear(self) -> None:
         """Free everything."""
-        for key in list(self._parts):
-            self.release(key)
+        for role in list(self._parts):
+            self.release(role)
 
-    def release(self, key: Hashable) -> None:
-        if self._parts.pop(key, None) is not None:
+    def release(self, role: str) -> None:
+        if self._parts.pop(role, None) is not None:
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()

@@ -1,19 +1,100 @@
-"""Linear layers whose weights stay in 8 bits, drop-in for `nn.Linear`. Buffers carry the names the files use."""
+"""Linear layers whose weights stay in 8 bits, drop-in for `nn.Linear`. Buffers carry the names the files use.
+
+Those that multiply 8-bit numbers name the `format` of the rows they read, so that whatever makes the rows (a norm, an
+activation) rounds them on the way, once for all layers that read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
+from ..ops.rows import quantize_rows, sample_rows
 
 
-class Int8BlockLinear(nn.Module):
-    """W8A8 with a scale per 128 x 128 block: TurboDiffusion's `-quant` format."""
+@dataclass(frozen=True)
+class Rows:
+    """What a linear layer reads: [B, L, K] as the rows [M, K] of a format (see `ops.rows`) with their scales."""
 
+    values: Tensor
+    scale: Tensor
+    format: str
+    batch: int
+    length: int
+
+    def samples(self, out: Tensor) -> Tensor:
+        """[M, N] made of these rows -> [B, L, N]."""
+        return out.unflatten(0, (self.batch, -1))[:, : self.length]
+
+
+def read_rows(x: Tensor, format: str) -> Rows:
+    """[B, L, K] rounded to a format."""
+    return Rows(*quantize_rows(sample_rows(x, format), format), format, x.shape[0], x.shape[1])
+
+
+def norm_rows(
+    x: Tensor,
+    format: str,
+    eps: float,
+    variance: str,
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Rows]:
+    """`ops.residual_norm`: the sum x + delta * gate, and its norm as rows in a format."""
+    x, values, rounding = ops.residual_norm(x, delta, gate, weight, bias, shift, scale, eps, variance, format)
+    return x, Rows(values, rounding, format, x.shape[0], x.shape[1])
+
+
+def gelu_rows(x: Tensor, format: str) -> Rows:
+    """GELU (tanh) of [B, L, K], rounded to x's dtype and then to a format."""
+    return Rows(*ops.gelu_rows(x, format), format, x.shape[0], x.shape[1])
+
+
+def format_of(*layers: nn.Module) -> str:
+    """What all these layers read; "bf16", numbers as they are, where they differ: each then rounds on its own."""
+    formats = {getattr(layer, "format", "bf16") for layer in layers}
+    return formats.pop() if len(formats) == 1 else "bf16"
+
+
+def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """[B, L, N] in `dtype`, of a layer and rows in its format, or in "bf16"."""
+    if rows.format == "bf16":
+        return layer(rows.samples(rows.values))  # type: ignore[no-any-return]
+    return rows.samples(layer.product(rows, dtype))  # type: ignore[operator]
+
+
+class EightBitLinear(nn.Module):
+    """W8A8: reads rows of its `format`, or rounds what it gets to it.
+
+    Subclasses name the format, the buffers and the product.
+    """
+
+    format: str
+    bias: Tensor
+
+    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """[M, N] in `dtype` from rows in this layer's format."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, K] -> [B, L, N] in x's dtype."""
+        return project(self, read_rows(x, self.format), x.dtype)
+
+
+class Int8BlockLinear(EightBitLinear):
+    """A scale per 128 x 128 block: TurboDiffusion's `-quant` format. Activation blocks never cross samples."""
+
+    format = "int8_block"
     int8_weight: Tensor
     scale: Tensor
-    bias: Tensor
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -22,32 +103,39 @@ class Int8BlockLinear(nn.Module):
         self.register_buffer("scale", torch.empty(blocks, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, K] -> [B, L, N]; activation blocks never cross samples."""
-        batch, rows = x.shape[0], x.shape[1]
-        padding = -rows % BLOCK if batch > 1 else 0
-        flat = F.pad(x, (0, 0, 0, padding)).flatten(0, 1)
-        out = ops.linear_int8_blockwise(flat, self.int8_weight, self.scale, self.bias)
-        return out.unflatten(0, (batch, rows + padding))[:, :rows]
+    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        return ops.product_int8_blockwise(rows.values, rows.scale, self.int8_weight, self.scale, self.bias, dtype)
 
 
-class Int8RowLinear(nn.Module):
-    """W8A8 with a scale per output row and per token: lightx2v's int8 format."""
+class RowLinear(EightBitLinear):
+    """A scale per output row and per token."""
 
     weight: Tensor
     weight_scale: Tensor
-    bias: Tensor
+    codes = torch.int8
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=self.codes, device=device))
         self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        out = ops.linear_int8_rowwise(x.flatten(0, -2), self.weight, self.weight_scale, self.bias)
-        return out.unflatten(0, x.shape[:-1])
+    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        product = ops.product_int8_rowwise if self.format == "int8_row" else ops.product_fp8_rowwise
+        return product(rows.values, rows.scale, self.weight, self.weight_scale.flatten(), self.bias, dtype)
+
+
+class Int8RowLinear(RowLinear):
+    """int8 codes: lightx2v's int8 format."""
+
+    format = "int8_row"
+
+
+class Fp8RowLinear(RowLinear):
+    """float8 (e4m3) codes."""
+
+    format = "fp8_row"
+    codes = torch.float8_e4m3fn
 
 
 class Fp8Linear(nn.Module):

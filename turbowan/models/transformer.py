@@ -7,7 +7,8 @@ Parameter names are those of the official files, so their readers have nothing t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import RequestError
+from .linear import Rows, format_of, gelu_rows, norm_rows, project
 
 ATTENTION_KINDS = ("original", "sla", "sagesla")
 HEAD_SIZE = 128
@@ -74,37 +76,55 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with an affine part; its variance follows the model's `norms`."""
+    """The affine part of a layer norm; `residual_norm` does the rest."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, variance: str) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, EPS, variance)
-
 
 class SelfAttention(nn.Module):
+    """q, k and v as layers of their own, or as one (`pack.join_qkv`)."""
+
     def __init__(self, dim: int, has_sla: bool) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.qkv: nn.Module | None = None
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         self.proj_l = nn.Linear(HEAD_SIZE, HEAD_SIZE) if has_sla else None
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], how: AttentionConfig) -> Tensor:
-        projected = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (y.unflatten(-1, (-1, HEAD_SIZE)) for y in projected)
-        q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
-        if how.kind == "original" or self.proj_l is None:
+    @property
+    def format(self) -> str:
+        return format_of(self.q, self.k, self.v) if self.qkv is None else format_of(self.qkv)
+
+    def forward(self, rows: Rows, rotation: tuple[Tensor, Tensor], how: AttentionConfig, dtype: torch.dtype) -> Tensor:
+        if self.qkv is None:
+            q, k, v = (project(layer, rows, dtype) for layer in (self.q, self.k, self.v))
+        else:
+            q, k, v = project(self.qkv, rows, dtype).chunk(3, dim=-1)
+        v = v.unflatten(-1, (-1, HEAD_SIZE))
+        proj = None if how.kind == "original" else self.proj_l
+        ready = proj is not None and q.is_cuda and not torch.is_grad_enabled()  # eager twins take their own means
+        blocks = (how.block_q, how.block_k) if ready else (0, 0)
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k, q_means, k_means = ops.qk_norm_rope(q, k, *weights, *rotation, EPS, *blocks)
+        if proj is None:
             out = ops.attention(q, k, v)
         else:
             precision = "int8" if how.kind == "sagesla" else "bf16"
-            proj = self.proj_l
+            means = (q_means, k_means) if ready else None
             out = ops.sparse_linear_attention(
-                q, k, v, proj.weight, proj.bias, how.top_k, how.block_q, how.block_k, precision
+                q, k, v, proj.weight, proj.bias, how.top_k, how.block_q, how.block_k, precision, means
             )
-        return self.o(out.flatten(2))
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class KeysValues(NamedTuple):
+    """What cross-attention takes from the text and the image tokens, the same in every step: [B, L, H, 128] each."""
+
+    text: tuple[Tensor, Tensor]
+    image: tuple[Tensor, Tensor] | None
 
 
 class CrossAttention(nn.Module):
@@ -118,15 +138,23 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, last_row_count: int) -> Tensor:
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (-1, HEAD_SIZE))
+    def keys_values(self, text: Tensor, image: Tensor | None) -> KeysValues:
+        """Of embedded text [B, L, D] and image tokens [B, 257, D]."""
+        of_text = _heads(self.norm_k(self.k(text))), _heads(self.v(text))
+        if image is None:
+            return KeysValues(of_text, None)
+        return KeysValues(of_text, (_heads(self.norm_k_img(self.k_img(image))), _heads(self.v_img(image))))
 
-        q = heads(self.norm_q(self.q(x)))
-        out = ops.attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), last_row_count)
-        if image is not None:
-            out = out + ops.attention(q, heads(self.norm_k_img(self.k_img(image))), heads(self.v_img(image)))
-        return self.o(out.flatten(2))
+    def forward(self, rows: Rows, told: KeysValues, last_row_count: int, dtype: torch.dtype) -> Tensor:
+        q = _heads(self.norm_q(project(self.q, rows, dtype)))
+        out = ops.attention(q, *told.text, last_row_count)
+        if told.image is not None:
+            out = out + ops.attention(q, *told.image)
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, HEAD_SIZE))
 
 
 def _modulation(rows: int, dim: int) -> nn.Parameter:
@@ -134,7 +162,26 @@ def _modulation(rows: int, dim: int) -> nn.Parameter:
     return nn.Parameter(values if values.is_meta else values.normal_(std=dim**-0.5))
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a request tells every step: embedded text and image tokens, or what each block makes of them.
+
+    text: [B, L, D], its last row standing for `last_row_count` equal ones. image: [B, 257, D].
+    blocks: keys and values of each block; None where the blocks make them anew each time (training, little memory).
+    """
+
+    text: Tensor
+    image: Tensor | None
+    last_row_count: int
+    blocks: tuple[KeysValues, ...] | None = None
+
+
+Change = tuple[Tensor, Tensor]  # what a layer adds to the stream, [B, L, D], and its gate, float32 [B, 1, D]
+
+
 class Block(nn.Module):
+    """Its last change is left to whatever reads the stream next, whose norm adds it on the way."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
@@ -147,23 +194,30 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        change: Change | None,
         modulation: Tensor,
         rotation: tuple[Tensor, Tensor],
-        text: Tensor,
-        image: Tensor | None,
-        last_row_count: int,
+        context: Context,
+        told: KeysValues | None,
         how: AttentionConfig,
         norms: str,
-    ) -> Tensor:
-        """x: [B, L, D]; modulation: float32 [B, 6, D], shared by all blocks, to which the block adds its own."""
+    ) -> tuple[Tensor, Change]:
+        """x: [B, L, D], to which `change` is still to be added; modulation: float32 [B, 6, D], shared by all blocks, to
+        which the block adds its own."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             self.modulation.float() + modulation
         ).unsqueeze(2).unbind(1)
-        normed = modulate(ops.layer_norm(x, eps=EPS, variance=norms), shift_a, scale_a)
-        x = x + self.self_attn(normed, rotation, how) * gate_a.to(x.dtype)
-        x = x + self.cross_attn(self.norm3(x, norms), text, image, last_row_count)
-        normed = modulate(ops.layer_norm(x, eps=EPS, variance=norms), shift_f, scale_f)
-        return x + self.ffn(normed) * gate_f.to(x.dtype)
+        told = told or self.cross_attn.keys_values(context.text, context.image)
+        own, cross, first, second = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
+        delta, gate = change or (None, None)
+        x, rows = norm_rows(x, own.format, EPS, norms, delta, gate, shift=shift_a, scale=scale_a)
+        attended = own(rows, rotation, how, x.dtype)
+        affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
+        x, rows = norm_rows(x, format_of(cross.q), EPS, norms, attended, gate_a, **affine)
+        crossed = cross(rows, told, context.last_row_count, x.dtype)
+        x, rows = norm_rows(x, format_of(first), EPS, norms, crossed, shift=shift_f, scale=scale_f)
+        hidden = gelu_rows(project(first, rows, x.dtype), format_of(second))
+        return x, (project(second, hidden, x.dtype), gate_f)
 
 
 class Head(nn.Module):
@@ -236,7 +290,7 @@ class WanTransformer(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
-        text: Tensor,
+        text: Tensor | Context,
         condition: Tensor | None = None,
         image_tokens: Tensor | None = None,
         text_rows: int | None = None,
@@ -246,7 +300,7 @@ class WanTransformer(nn.Module):
         Args:
             latent: [B, 16, T, H, W], H and W even.
             timestep: [B], 0..1000.
-            text: [B, L, text_dim]; all L rows are attended to.
+            text: [B, L, text_dim]; all L rows are attended to. Or what `tell` made of it, with the image tokens.
             condition: [B, 20, T, H, W] (4 mask channels, then 16 of the image latent) for image-to-video.
             image_tokens: [B, 257, 1280] CLIP tokens, for models with an image embedding.
             text_rows: the text counts as so many rows, the last given one standing for all that follow: a prompt of
@@ -258,19 +312,38 @@ class WanTransformer(nn.Module):
         Raises:
             RequestError: a tensor's shape does not fit the model.
         """
-        self._check(latent, timestep, text, condition, image_tokens)
+        context = text if isinstance(text, Context) else self._embed_context(text, image_tokens, text_rows)
+        self._check(latent, timestep, condition, context)
         x = latent if condition is None else torch.cat([latent, condition.to(latent.dtype)], dim=1)
         grid = (x.shape[2] // PATCH[0], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
         x = self.patch_embedding(patchify(x).to(self.dtype))
         time = self._embed_time(timestep)
         modulation = _linear_float32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
-        text = self.text_embedding(text.to(self.dtype))
-        image = None if self.img_emb is None or image_tokens is None else self.img_emb(image_tokens.to(self.dtype))
         rotation = self._rotation(grid, x.device)
-        last_row_count = 1 + max(0, (text_rows or 0) - text.shape[1])
-        for block in self.blocks:
-            x = block(x, modulation, rotation, text, image, last_row_count, self.attention, self.norms)
+        change: Change | None = None
+        for i, block in enumerate(self.blocks):
+            told = None if context.blocks is None else context.blocks[i]
+            x, change = block(x, change, modulation, rotation, context, told, self.attention, self.norms)
+        if change is not None:
+            x = x + change[0] * change[1].to(x.dtype)
         return unpatchify(self.head(x, time), grid)
+
+    def tell(self, text: Tensor, image_tokens: Tensor | None = None, text_rows: int | None = None) -> Context:
+        """Text and image tokens, as `forward` takes them, turned once into every block's keys and values."""
+        context = self._embed_context(text, image_tokens, text_rows)
+        crossing = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        return replace(context, blocks=tuple(each.keys_values(context.text, context.image) for each in crossing))
+
+    def _embed_context(self, text: Tensor, image_tokens: Tensor | None, text_rows: int | None) -> Context:
+        if text.shape[-1] != self.config.text_dim:
+            raise RequestError(f"this model takes text of width {self.config.text_dim}, got {text.shape[-1]}")
+        width = None if image_tokens is None else image_tokens.shape[-1]
+        if width != self.config.image_dim:
+            wants = f"image tokens of width {self.config.image_dim}" if self.config.image_dim else "no image tokens"
+            raise RequestError(f"this model takes {wants}, got {'none' if width is None else f'width {width}'}")
+        embedded = self.text_embedding(text.to(self.dtype))
+        image = None if self.img_emb is None or image_tokens is None else self.img_emb(image_tokens.to(self.dtype))
+        return Context(embedded, image, 1 + max(0, (text_rows or 0) - text.shape[1]))
 
     def _embed_time(self, timestep: Tensor) -> Tensor:
         """[B] -> float32 [B, D]; the sinusoid in float64, the layers in float32."""
@@ -289,9 +362,7 @@ class WanTransformer(nn.Module):
                 self._rotations[key] = ops.rope_table(*grid, HEAD_SIZE, device)
         return self._rotations[key]
 
-    def _check(
-        self, latent: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None, image_tokens: Tensor | None
-    ) -> None:
+    def _check(self, latent: Tensor, timestep: Tensor, condition: Tensor | None, context: Context) -> None:
         channels = latent.shape[1] + (0 if condition is None else condition.shape[1])
         if channels != self.config.in_dim:
             raise RequestError(
@@ -303,13 +374,7 @@ class WanTransformer(nn.Module):
         if condition is not None and condition.shape[2:] != latent.shape[2:]:
             sizes = ["x".join(map(str, x.shape[2:])) for x in (condition, latent)]
             raise RequestError(f"the condition must be as large as the latent, got {sizes[0]} and {sizes[1]}")
-        if text.shape[-1] != self.config.text_dim:
-            raise RequestError(f"this model takes text of width {self.config.text_dim}, got {text.shape[-1]}")
-        width = None if image_tokens is None else image_tokens.shape[-1]
-        if width != self.config.image_dim:
-            wants = f"image tokens of width {self.config.image_dim}" if self.config.image_dim else "no image tokens"
-            raise RequestError(f"this model takes {wants}, got {'none' if width is None else f'width {width}'}")
-        given = {"timestep": timestep, "text": text, "condition": condition, "image tokens": image_tokens}
+        given = {"timestep": timestep, "text": context.text, "condition": condition, "image tokens": context.image}
         counts = {name: len(x) if x.ndim else 0 for name, x in given.items() if x is not None}
         if set(counts.values()) != {len(latent)}:
             raise RequestError(f"every input needs the latent's {len(latent)} samples, got {counts}")
