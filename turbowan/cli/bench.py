@@ -11,11 +11,6 @@ import typer
 app = typer.Typer(help="Measure with random weights of true sizes; one JSON line per case.")
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `pipeline` a subcommand while it is the only one."""
-
-
 @app.command()
 def pipeline(
     size: Annotated[str, typer.Option(help="1.3B, 14B or tiny.")] = "1.3B",
@@ -46,3 +41,53 @@ def pipeline(
     )
     for record in run_pipeline(folder, request, str(where), repeats):
         print(json.dumps(record), flush=True)
+
+
+@app.command()
+def op(
+    what: Annotated[str, typer.Argument(help="attention, linear, norm or rope.")],
+    shape: Annotated[str, typer.Option(help="1.3B-480p, 14B-480p or 14B-720p.")] = "1.3B-480p",
+    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per case; what is printed anyway.")] = True,
+) -> None:
+    """One operation on a GPU, every implementation: median, rate and share of what bounds it."""
+    from ..bench.op import run_operation
+
+    for record in run_operation(what, shape, repeats):
+        print(json.dumps(record), flush=True)
+
+
+@app.command()
+def transformer(
+    size: Annotated[str, typer.Option(help="1.3B, 14B or A14B-I2V.")] = "1.3B",
+    resolution: Annotated[str, typer.Option(help="480p or 720p: 832x480 or 1280x720.")] = "480p",
+    precision: Annotated[str, typer.Option(help="Of the linear layers: bf16, int8, fp8 or int8_block.")] = "int8",
+    attention: Annotated[str, typer.Option(help="original, sla or sagesla.")] = "sla",
+    top_k: Annotated[float, typer.Option(help="Share of key blocks kept.")] = 0.1,
+    latent_frames: Annotated[int, typer.Option(help="21 are 81 frames.")] = 21,
+    text_rows: Annotated[int, typer.Option(help="Rows of text that keys are made of, of the 512 attended to.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Timed steps.")] = 10,
+) -> None:
+    """One step of the denoise time on a GPU: median and share of what the products alone would take."""
+    from ..bench.transformer import LATENTS, run_transformer
+    from ..errors import RequestError
+
+    if resolution not in LATENTS:
+        raise RequestError(f"resolution must be one of {', '.join(LATENTS)}, got '{resolution}'")
+    latent = (latent_frames, *LATENTS[resolution][1:])
+    print(json.dumps(run_transformer(size, latent, precision, attention, top_k, text_rows, repeats)), flush=True)
+
+
+@app.command()
+def compare(
+    new: Annotated[list[Path], typer.Argument(help="Files of JSON lines just measured.")],
+    against: Annotated[list[Path], typer.Option(help="Recorded ones, as in benchmarks/results/<gpu>.")],
+    tolerance: Annotated[float, typer.Option(help="How much slower a case may be: 0.05 is 5 %.")] = 0.05,
+) -> None:
+    """Medians against recorded ones; exit code 1 if any case is slower by more than the tolerance."""
+    from ..bench.compare import compare as compare_records
+
+    rows, slower = compare_records(new, against, tolerance)
+    for row in rows:
+        print(json.dumps(row))
+    raise typer.Exit(1 if slower else 0)

@@ -1,0 +1,189 @@
+"""Attention on the named shapes: sparse-linear as a whole and in parts, dense, and to a prompt's tokens.
+
+`python -m turbowan.bench.op_attention 14B-480p 0/2` sweeps the kernels' configurations (here the first half).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.attention import in_plain_pytorch
+from ..ops.block_map import kept_blocks
+from .case import Case
+from .op import time_case
+from .op_linear import SHAPES
+from .op_norm import print_sweep
+
+TOP_K = 0.1
+HEAD_SIZE = 128
+PROMPTS = ((512, 1), (64, 449))  # keys, and how many the last of them stands for
+
+
+class Inputs:
+    """Random q and k as `qk_norm_rope` leaves them, v as a part of a wider product, and what is derived from them."""
+
+    def __init__(self, shape: str, device: str, blocks: tuple[int, int] = (128, 64)) -> None:
+        from ..ops.triton.linear_state import linear_state
+        from ..ops.triton.select_blocks import block_means, select_blocks, token_means
+
+        self.length, width, _ = SHAPES[shape]
+        self.heads = width // HEAD_SIZE
+        self.blocks = blocks
+        fused = torch.randn(1, self.length, 3, self.heads, HEAD_SIZE, device=device, dtype=torch.bfloat16)
+        self.q, self.k, self.v = fused[:, :, 0].contiguous(), fused[:, :, 1].contiguous(), fused[:, :, 2]
+        self.weight = torch.randn(HEAD_SIZE, HEAD_SIZE, device=device, dtype=torch.bfloat16) / HEAD_SIZE**0.5
+        self.bias = torch.randn(HEAD_SIZE, device=device, dtype=torch.bfloat16)
+        self.means = block_means(self.q, blocks[0]), block_means(self.k, blocks[1])
+        self.k_mean = token_means(self.means[1], self.length, blocks[1])
+        self.lists = select_blocks(*self.means, self.k_mean, TOP_K)
+        self.state = linear_state(self.k, self.v, self.weight)
+        self.bytes = self.q.numel() * self.q.element_size()  # of q, k, v or the result
+        keys = kept_blocks(TOP_K, -(-self.length // blocks[1])) * blocks[1]
+        self.sparse_flops = 4 * self.length * keys * HEAD_SIZE * self.heads
+        self.branch_flops = 2 * self.length * HEAD_SIZE**2 * self.heads  # phi(q) times the state; as many to make it
+        names = ("tokens", "heads", "head_size", "block_q", "block_k", "top_k")
+        self.shape: dict[str, int | float] = dict(
+            zip(names, (self.length, self.heads, HEAD_SIZE, *blocks, TOP_K), strict=True)
+        )
+
+    def whole(self, precision: str, given: bool = True) -> Tensor:
+        """given: the means of blocks come with q and k."""
+        rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means if given else None)
+        return ops.sparse_linear_attention(self.q, self.k, self.v, *rest)
+
+    def error(self, precision: str) -> float:
+        """Of the whole operation against the eager twin with the same means; in float32, but for SageSLA's rounding."""
+        q, k, v = (x if precision == "int8" else x.float() for x in (self.q, self.k, self.v))
+        rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means)
+        with ops.force(sparse_linear_attention="eager"):
+            expected = ops.sparse_linear_attention(q, k, v, *rest)
+        return _distance(self.whole(precision), expected)
+
+
+def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
+    """The whole operation, its parts, dense attention, and cross-attention.
+
+    Args:
+        shape: a key of `op_linear.SHAPES`: rows, D, F.
+    """
+    from ..ops.triton import linear_state, sage_quantize, select_blocks
+
+    at = Inputs(shape, device)
+    flops = at.sparse_flops + 2 * at.branch_flops
+    for precision in ("bf16", "int8"):
+        run, error = partial(at.whole, precision), partial(at.error, precision)
+        yield Case(f"sparse-linear {precision}", run, at.shape, flops, 4 * at.bytes, precision, error)
+    yield Case("sparse-linear bf16, without means", partial(at.whole, "bf16", False), at.shape, flops, 4 * at.bytes)
+
+    select = partial(_select, at)
+    yield Case("part: selection", select, at.shape, 0, sum(4 * x.numel() for x in (*at.means, at.lists)))
+    state = partial(linear_state.linear_state, at.k, at.v, at.weight)
+    yield Case("part: state", state, at.shape, at.branch_flops, 2 * at.bytes)
+    yield _sparse(at)
+    means = partial(select_blocks.block_means, at.k, at.blocks[1])
+    yield Case("part: means of k", means, at.shape, 0, at.bytes)
+    keys = partial(sage_quantize.quantize_keys, at.k, at.k_mean, at.blocks[1])
+    yield Case("part: int8 keys", keys, at.shape, 0, at.bytes * 3 // 2)
+    yield Case("part: e4m3 values", partial(sage_quantize.quantize_values, at.v), at.shape, 0, at.bytes * 5 // 2)
+    yield _sage(at)
+
+    dense = 4 * at.length**2 * HEAD_SIZE * at.heads
+    yield Case("dense", partial(ops.attention, at.q, at.k, at.v), at.shape, dense, 4 * at.bytes)
+    for prompt in PROMPTS:
+        yield _short(at.q, *prompt, ops.attention)
+        yield _short(at.q, *prompt, in_plain_pytorch, ", PyTorch's")
+
+
+def sweep(
+    shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10, device: str = "cuda"
+) -> Iterator[dict[str, Any]]:
+    """Every candidate of the attention kernels.
+
+    Args:
+        shape: a key of `op_linear.SHAPES`. part: (i, n): only the candidates i, i + n, ... of each kernel.
+        repeats: timed calls of each.
+
+    Returns:
+        Records for JSON: kernel, configuration, and its milliseconds, rate, share of the bound and distance from the
+        table's choice (for short attention: from the eager twin); or what failed.
+    """
+    from ..ops.triton import sage_attention, short_attention, sparse_attention
+
+    some = slice(part[0], None, part[1])
+    for blocks in ((128, 64), (64, 128)):
+        at = Inputs(shape, device, blocks)
+        for config in sparse_attention.candidates(*blocks)[some]:
+            yield _timed(_sparse(at, config), config, repeats)
+        for sage_config in sage_attention.candidates(*blocks)[some]:
+            yield _timed(_sage(at, sage_config), sage_config, repeats)
+    for short_config in short_attention.candidates()[some]:
+        for prompt in PROMPTS:
+            function = partial(short_attention.attention, config=short_config)
+            yield _timed(_short(at.q, *prompt, function), short_config, repeats)
+
+
+def _timed(case: Case, config: Any, repeats: int) -> dict[str, Any]:
+    kept = ("shape", "ms", "tflops", "share_of_bound", "error", "failed")
+    record = {key: value for key, value in time_case(case, repeats).items() if key in kept}
+    return {"kernel": case.name, "config": asdict(config), **record}
+
+
+def _select(at: Inputs) -> Tensor:
+    from ..ops.triton.select_blocks import select_blocks, token_means
+
+    return select_blocks(*at.means, token_means(at.means[1], at.length, at.blocks[1]), TOP_K)
+
+
+def _sparse(at: Inputs, config: Any = None) -> Case:
+    """What follows selection and state."""
+    from ..ops.triton.sparse_attention import sparse_attention
+
+    arguments = (at.q, at.k, at.v, at.lists, *at.state, at.bias, *at.blocks)
+    return _kernel("part: sparse kernel", sparse_attention, arguments, at, config, 4 * at.bytes, "bf16")
+
+
+def _sage(at: Inputs, config: Any = None) -> Case:
+    """The same in 8 bits, which follow rounding too."""
+    from ..ops.triton import sage_attention, sage_quantize
+
+    keys = sage_quantize.quantize_keys(at.k, at.k_mean, at.blocks[1])
+    values = sage_quantize.quantize_values(at.v)
+    arguments = (at.q, keys, values, at.lists, *at.state, at.bias, *at.blocks)
+    return _kernel("part: int8 kernel", sage_attention.sage_attention, arguments, at, config, 3 * at.bytes, "int8")
+
+
+def _kernel(
+    name: str, function: Callable[..., Tensor], arguments: tuple, at: Inputs, config: Any, moved: int, peak: str
+) -> Case:
+    run = partial(function, *arguments, config)
+    error = None if config is None else lambda: _distance(run(), function(*arguments))
+    return Case(name, run, at.shape, at.sparse_flops + at.branch_flops, moved, peak, error)
+
+
+def _short(q: Tensor, keys: int, count: int, function: Callable[..., Tensor], whose: str = "") -> Case:
+    k, v = torch.randn(2, 1, keys, *q.shape[2:], device=q.device, dtype=q.dtype).unbind(0)
+    shape: dict[str, int | float] = {"tokens": q.shape[1], "heads": q.shape[2], "keys": keys, "last_key_count": count}
+
+    def error() -> float:
+        return _distance(function(q, k, v, count), in_plain_pytorch(q.float(), k.float(), v.float(), count))
+
+    run = partial(function, q, k, v, count)
+    moved = 2 * q.numel() * q.element_size()
+    return Case(f"to {keys} keys{whose}", run, shape, 4 * q.numel() * keys, moved, error=error)
+
+
+def _distance(ours: Tensor, expected: Tensor) -> float:
+    """|ours - expected| / |expected|."""
+    return round(float((ours.float() - expected.float()).norm() / expected.float().norm()), 5)
+
+
+if __name__ == "__main__":
+    print_sweep(sweep, *sys.argv[1:])
