@@ -12,7 +12,7 @@ from ..models.pack import join_qkv, round_linears
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..ops.block_map import kept_blocks
 from .case import Case
-from .op import time_case
+from .op import PEAKS, time_case
 from .random_weights import TRANSFORMERS
 
 LATENTS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # frames, height, width of 81 frames
@@ -37,8 +37,10 @@ def run_transformer(
         text_rows: rows of text that keys and values are made of (the rest counts as equal to the last).
 
     Raises:
-        RequestError: unknown size or precision.
+        RequestError: unknown size or precision, or no GPU.
     """
+    if not torch.cuda.is_available():
+        raise RequestError("bench transformer needs a CUDA device; there is none here")
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
     with torch.inference_mode():
@@ -69,7 +71,7 @@ def run_transformer(
 
 
 def random_transformer(size: str, format: str) -> WanTransformer:
-    """On the GPU, bfloat16, block after block rounded to a format of `ops.rows`, so that no two copies exist.
+    """On the GPU: drawn in bfloat16, all of it, then rounded layer by layer to a format of `ops.rows`.
 
     Raises:
         RequestError: unknown size.
@@ -109,8 +111,6 @@ def step_flops(config: TransformerConfig, tokens: int, attention: str, top_k: fl
 
 def step_bound(config: TransformerConfig, tokens: int, attention: str, top_k: float, precision: str) -> float:
     """Seconds that the products alone take at the rates of `bench.op.PEAKS`; nothing else counted."""
-    from .op import PEAKS
-
     linears, own, _ = step_flops(config, tokens, attention, top_k)
     rate = PEAKS["int8" if precision.startswith("int8") else precision]
     return linears / rate + own / PEAKS["bf16" if attention != "sagesla" else "int8"]

@@ -6,6 +6,7 @@ activation) rounds them on the way, once for all layers that read them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
     return rows.samples(layer.product(rows, dtype))  # type: ignore[operator]
 
 
-class EightBitLinear(nn.Module):
+class EightBitLinear(nn.Module, ABC):
     """W8A8: reads rows of its `format`, or rounds what it gets to it.
 
     Subclasses name the format, the buffers and the product.
@@ -80,9 +81,9 @@ class EightBitLinear(nn.Module):
     format: str
     bias: Tensor
 
+    @abstractmethod
     def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """[M, N] in `dtype` from rows in this layer's format."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, K] -> [B, L, N] in x's dtype."""

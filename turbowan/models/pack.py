@@ -22,7 +22,11 @@ _WHOLE = ("proj_l",)  # as the official tool leaves it
 
 
 def prepare(net: WanTransformer, linears: str | None) -> None:
-    """Ready a loaded transformer for inference: linear layers in a format, if one is given; q, k, v joined on a GPU."""
+    """Ready a loaded transformer for inference, in place: q, k and v are joined on a GPU.
+
+    Args:
+        linears: a format for the linear layers, as of `round_linears`; None leaves them as the file has them.
+    """
     if linears is not None:
         round_linears(net, linears)
     if net.patch_embedding.bias.is_cuda:
@@ -48,6 +52,7 @@ def round_linears(net: WanTransformer, format: str) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies by a weight [N, K], however that is stored."""
     return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, Fp8Linear))
 
 

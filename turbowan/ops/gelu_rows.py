@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import Operation
-from .residual_norm import check_format, rows_fake
-from .rows import quantize_rows, sample_rows
+from .rows import check_format, quantize_rows, rows_fake, sample_rows
 from .triton import offer
 
 

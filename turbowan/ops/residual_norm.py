@@ -4,29 +4,13 @@ The roundings are those of the separate steps, in their order: the gate, the gat
 the modulated row are each rounded to x's dtype.
 """
 
-import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .int8_blockwise import BLOCK
 from .layer_norm import VARIANCES, layer_norm
 from .registry import Operation
-from .rows import FORMATS, quantize_rows, sample_rows
+from .rows import check_format, quantize_rows, rows_fake, sample_rows
 from .triton import offer
-
-
-def rows_fake(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Empty codes and scales of x's rows [B, L, D] in a format."""
-    batch, length, width = x.shape
-    if format == "int8_block":
-        blocks = -(-length // BLOCK)
-        rows = batch * blocks * BLOCK if batch > 1 else length
-        scale = x.new_empty((batch * blocks, -(-width // BLOCK)), dtype=torch.float32)
-        return x.new_empty((rows, width), dtype=torch.int8), scale
-    if format == "bf16":
-        return x.new_empty((batch * length, width)), x.new_empty(0)
-    dtype = torch.int8 if format == "int8_row" else torch.float8_e4m3fn
-    return x.new_empty((batch * length, width), dtype=dtype), x.new_empty((batch * length, 1), dtype=torch.float32)
 
 
 def _eager(
@@ -105,9 +89,3 @@ def residual_norm(
         raise RequestError("residual_norm takes shift and scale together, and a gate only with a delta")
     x_new, rows, row_scale = _operation(x, delta, gate, weight, bias, shift, scale, eps, variance, format)
     return (x if delta is None else x_new), rows, row_scale
-
-
-def check_format(format: str) -> None:
-    """Raises RequestError for an unknown one."""
-    if format not in FORMATS:
-        raise RequestError(f"a linear layer's input is one of {', '.join(FORMATS)}, got '{format}'")
