@@ -35,6 +35,7 @@ def _count_bias(count: int) -> tuple[float, float]:
 
 
 def in_plain_pytorch(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
+    """The eager twin; arguments and result as of `attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bias = None
     if last_key_count > 1:  # n equal keys weigh as one whose logit is larger by log n

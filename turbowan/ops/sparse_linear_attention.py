@@ -123,6 +123,7 @@ def in_plain_pytorch(
     q_means: Tensor | None = None,
     k_means: Tensor | None = None,
 ) -> Tensor:
+    """The eager twin; arguments and result as of `sparse_linear_attention`, `means` one by one."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q_means is None or k_means is None:
         chosen = _selected(q.detach(), k.detach(), topk_ratio, block_q, block_k)  # no gradient through the selection
