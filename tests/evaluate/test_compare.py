@@ -155,6 +155,12 @@ def test_text_to_video_for_real(small_t2v: Path) -> None:
         assert values["diversity"][1] is None
         assert "psnr" not in values
     assert part["cases"][fine]["facts"]["num_steps"] == 3
+    assert "frames_psnr" not in part["cases"][fine]["values"]
+    assert all(5 < value < 40 for value in part["cases"][coarse]["values"]["frames_psnr"])
+    same = f"{fine},ode=false"
+    last, _ = compare(cases(same, fine), fine, questions, Extent(batch=2), Players("cpu"))
+    assert list(last["cases"]) == [WORLD, same, fine]
+    assert all(value > 100 for value in last["cases"][same]["values"]["frames_psnr"])  # the same bytes
     drawn = sheet.draw()
     assert drawn.width > drawn.height > 50
 

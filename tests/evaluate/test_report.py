@@ -94,6 +94,14 @@ def test_the_reference_may_be_another() -> None:
     assert "against" not in part["summary"]["b"]
 
 
+def test_nearness_to_another_case_is_left_out() -> None:
+    report = whole(7)
+    part = report["parts"]["shapes"]
+    part["cases"]["b"]["values"]["frames_psnr"] = [30.0] * 6
+    assert join([report])["parts"]["shapes"]["summary"]["b"]["frames_psnr"]["mean"] == 30
+    assert "frames_psnr" not in join([report], "b")["parts"]["shapes"]["cases"]["b"]["values"]
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     report = whole(4)
     names = ("world", "a", "b")

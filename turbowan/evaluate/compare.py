@@ -83,7 +83,7 @@ def compare(
         RequestError: a model does not take such questions, or cases make videos of different sizes.
         MachineError: the GPU's memory does not hold a batch.
     """
-    comparison = _Comparison(cases, questions, extent, players)
+    comparison = _Comparison(cases, against, questions, extent, players)
     rows, varied = comparison.rows, extent.spread(extent.diversity, len(questions.texts))
     try:
         for part in _batches(rows, extent.batch):
@@ -116,14 +116,17 @@ def _batches(rows: Sequence[int], size: int) -> list[list[int]]:
 class _Comparison:
     """Players, questions, and the numbers found so far."""
 
-    def __init__(self, cases: Sequence[Case], questions: Questions, extent: Extent, players: Players) -> None:
-        self.questions, self.extent, self.players = questions, extent, players
-        self.cast = {case.name: players.player(case) for case in cases}
+    def __init__(
+        self, cases: Sequence[Case], against: str, questions: Questions, extent: Extent, players: Players
+    ) -> None:
+        self.against, self.questions, self.extent, self.players = against, questions, extent, players
+        first = sorted(cases, key=lambda case: case.name != against)  # the one that the others' frames are held against
+        self.cast = {case.name: players.player(case) for case in first}
         self.size = _common_size(self.cast, questions)
         self.device = next(iter(self.cast.values())).how.device
         self.rows = extent.rows(len(questions.texts))
         self.measured = set(extent.spread(extent.errors, len(questions.texts)))
-        self.tables = {name: _Table(self.rows) for name in (WORLD, *self.cast)}
+        self.tables = {name: _Table(self.rows) for name in (WORLD, *(case.name for case in cases))}
         self.sheet = Sheet()
 
     def ask(self, rows: Sequence[int]) -> None:
@@ -137,9 +140,14 @@ class _Comparison:
         if given.clips is not None:
             self._judge(WORLD, to_uint8(given.clips), rows)
         exact = _Exact(self.players, [i for i, row in enumerate(rows) if row in self.measured], texts, seeds, given)
+        reference = None
         for name, player in self.cast.items():
             latents = player.latents(texts, seeds, given.pictures)
             video = player.videos(latents)
+            if name == self.against:
+                reference = video
+            elif reference is not None:
+                self.tables[name].put("frames_psnr", rows, pictures_psnr(video, reference))
             self.sheet.add(name, texts, video, self._judge(name, video, rows))
             if given.pictures is not None:
                 wanted, put = to_uint8(given.pictures), self.tables[name].put

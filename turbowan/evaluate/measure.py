@@ -78,6 +78,6 @@ def relative_error(ours: Tensor, exact: Tensor) -> Tensor:
 
 
 def pictures_psnr(ours: Tensor, theirs: Tensor) -> list[float]:
-    """Per picture, in dB. ours, theirs: uint8 [B, 3, H, W]."""
-    mse = ((ours.float() - theirs.float()) / 127.5).square().mean(dim=(1, 2, 3))
+    """Per picture or clip, in dB. ours, theirs: uint8 [B, 3, ..., H, W]."""
+    mse = ((ours.float() - theirs.float()) / 127.5).square().flatten(1).mean(dim=1)
     return [psnr(value) for value in mse.tolist()]

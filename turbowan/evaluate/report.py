@@ -9,7 +9,8 @@ A report is {"format", facts of the run, "parts"}. A part, one kind of question,
     summary   see `summarise`
 
 Measures, of each prompt: travel and change (how much moves, where the prompt asks for motion), diversity (distance of
-clips of other noise), error (of the latent, relative), psnr and vae_psnr (dB, of the first frame and of the VAE alone).
+clips of other noise), error (of the latent, relative), psnr and vae_psnr (dB, of the first frame and of the VAE alone), frames_psnr (dB, of all frames
+to those of the case `against`, from the same noise).
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def _join_parts(what: str, parts: Sequence[Mapping[str, Any]], against: str | No
             told = ", ".join(f"{key} {asked.get(key)} and {other.get(key)}" for key in differing)
             raise RequestError(f"the reports did not ask the same {what}: {told}")
     rows = sorted({row for part in parts for row in part["rows"]})
+    against = against or parts[0]["against"]
     by_row: dict[int, dict[str, Any]] = {}
     for part in parts:
         for i, row in enumerate(part["rows"]):
@@ -84,16 +86,16 @@ def _join_parts(what: str, parts: Sequence[Mapping[str, Any]], against: str | No
     names = list(dict.fromkeys(name for part in parts for name in part["cases"]))
     joined = {
         "asked": asked,
-        "against": against or parts[0]["against"],
+        "against": against,
         "rows": rows,
         "texts": [by_row[row]["text"] for row in rows],
         "answers": {point: [by_row[row][point] for row in rows] for point in parts[0]["answers"]},
-        "cases": {name: _join_case(name, rows, [p for p in parts if name in p["cases"]]) for name in names},
+        "cases": {name: _join_case(name, rows, [p for p in parts if name in p["cases"]], against) for name in names},
     }
     return {**joined, "summary": summarise(joined)}
 
 
-def _join_case(name: str, rows: Sequence[int], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _join_case(name: str, rows: Sequence[int], parts: Sequence[Mapping[str, Any]], against: str) -> dict[str, Any]:
     first = parts[0]["cases"][name]
     found: dict[int, dict[tuple[str, str], Any]] = {}
     for part in parts:
@@ -102,6 +104,8 @@ def _join_case(name: str, rows: Sequence[int], parts: Sequence[Mapping[str, Any]
             raise RequestError(f"case '{name}' is not the same in all reports: {case['facts']} and {first['facts']}")
         for i, row in enumerate(part["rows"]):
             numbers = {(kind, key): case[kind][key][i] for kind in ("right", "values") for key in case[kind]}
+            if part["against"] != against:
+                numbers.pop(("values", "frames_psnr"), None)  # it says how near another case's frames are
             if found.setdefault(row, numbers) != numbers:
                 raise RequestError(f"prompt {row} of case '{name}' is in two reports with other numbers; leave one out")
     lacking = [row for row in rows if row not in found]

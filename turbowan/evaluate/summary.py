@@ -56,7 +56,7 @@ def table(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     compared = against in summary and len(summary) > 1
     measures = {
         "travel": "travel", "change": "change", "diversity": "diversity", "error": "latent error", "psnr": "frame 0 dB",
-        "vae_psnr": "VAE dB", "psnr_less_vae": "less VAE's",
+        "vae_psnr": "VAE dB", "psnr_less_vae": "less VAE's", "frames_psnr": f"frames to {against}, dB",
     }  # fmt: skip
     shown = [measure for measure in measures if any(measure in found for found in summary.values())]
     header = ["case", "right %"]
