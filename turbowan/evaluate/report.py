@@ -9,8 +9,8 @@ A report is {"format", facts of the run, "parts"}. A part, one kind of question,
     summary   see `summarise`
 
 Measures, of each prompt: travel and change (how much moves, where the prompt asks for motion), diversity (distance of
-clips of other noise), error (of the latent, relative), psnr and vae_psnr (dB, of the first frame and of the VAE alone), frames_psnr (dB, of all frames
-to those of the case `against`, from the same noise).
+clips of other noise), error (of the latent, relative), psnr and vae_psnr (dB, of the first frame and of the VAE alone),
+frames_psnr (dB, of all frames to those of the case `against`, from the same noise).
 """
 
 from __future__ import annotations
