@@ -12,6 +12,7 @@ from turbowan import ops
 from turbowan.checkpoints import load_transformer
 from turbowan.errors import RequestError
 from turbowan.models.linear import Fp8Linear
+from turbowan.models.pack import prepare
 from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, unpatchify
 
 TEXT_ROWS = 512
@@ -28,16 +29,30 @@ def inputs(batch=1, frames=3, height=12, width=10, rows=20, text_dim=48, channel
 # --- recorded ---------------------------------------------------------------------------------------------------------
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+
+
+def official(path, device, **options):
+    """A recorded network: in float32 on a CPU, on a GPU as the engine runs it."""
+    net = load_transformer(path, device, torch.bfloat16 if device == "cuda" else torch.float32, **options)
+    prepare(net, None)
+    return net
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize(("suffix", "linear", "bar"), [("", "bf16", 0.008), ("-quant", "int8", 0.012)])
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_recorded_outputs(kind, suffix, linear, bar, golden, recorded, relative_error):
+def test_recorded_outputs(kind, suffix, linear, bar, device, golden, recorded, relative_error):
     x, context, expected = recorded("t2v-tiny.io.safetensors", "x", "context", f"out.{kind}.{linear}")
     blocks = {"block_q": 64, "block_k": 128} if kind == "sagesla" else {}
-    net = load_transformer(golden(f"t2v-tiny{suffix}.pth"), attention=kind, sla_topk=0.25, norms="official", **blocks)
-    timestep = torch.tensor([937.5]).bfloat16().float()  # 936, as it was recorded
-    ours = net(x.float(), timestep, context.float())
+    path = golden(f"t2v-tiny{suffix}.pth")
+    net = official(path, device, attention=kind, sla_topk=0.25, norms="official", **blocks)
+    timestep = torch.tensor([937.5], device=device).bfloat16().float()  # 936, as it was recorded
+    with torch.inference_mode():
+        ours = net(x.to(device, torch.float32), timestep, context.to(device, torch.float32))
     assert ours.dtype == torch.float32
-    assert relative_error(ours, expected) <= bar
+    assert relative_error(ours.cpu(), expected) <= bar
 
 
 def test_recorded_attention_kinds_differ(golden, recorded, relative_error):
@@ -47,11 +62,15 @@ def test_recorded_attention_kinds_differ(golden, recorded, relative_error):
     assert relative_error(net(x.float(), torch.tensor([936.0]), context.float()), expected) > 0.04
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize(("norms", "name"), [("exact", "default_norm"), ("official", "fast_norm")])
-def test_recorded_width_that_is_no_power_of_two(norms, name, golden, recorded, relative_error):
+def test_recorded_width_that_is_no_power_of_two(norms, name, device, golden, recorded, relative_error):
     x, context, expected = recorded("t2v-384.io.safetensors", "x", "context", f"out.sla.{name}")
-    net = load_transformer(golden("t2v-384.pth"), attention="sla", sla_topk=0.4, norms=norms)
-    assert relative_error(net(x.float(), torch.tensor([620.0]), context.float()), expected) <= 0.011
+    net = official(golden("t2v-384.pth"), device, attention="sla", sla_topk=0.4, norms=norms)
+    timestep = torch.tensor([620.0], device=device)
+    with torch.inference_mode():
+        ours = net(x.to(device, torch.float32), timestep, context.to(device, torch.float32))
+    assert relative_error(ours.cpu(), expected) <= 0.011
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
