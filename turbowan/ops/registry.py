@@ -9,7 +9,7 @@ autocast as PyTorch's own layers do. Elsewhere an operation keeps to the dtypes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,18 +20,20 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import MachineError
+from ..machine import version_numbers
 
 NAMESPACE = "turbowan"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What selection looks at: the device and the shapes of one call, nothing else."""
+    """What selection looks at: the device, the shapes of one call, and PyTorch's version; nothing else."""
 
     device: str  # "cpu", "cuda"
     dtype: torch.dtype
     head_size: int | None = None
     capability: tuple[int, int] | None = None  # CUDA compute capability
+    pytorch: str = str(torch.__version__)
 
     @classmethod
     def of(cls, tensor: torch.Tensor, head_size: int | None = None) -> Facts:
@@ -48,6 +50,8 @@ class Constraints:
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
     package: str | None = None  # that must be installed
+    # from a compute capability up to the next one named, the first PyTorch that serves; None: none that we know of
+    torch_from: Mapping[tuple[int, int], str | None] | None = None
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts are outside the constraints, in a few words; None when they are inside."""
@@ -59,6 +63,12 @@ class Constraints:
             return f"needs head size {'/'.join(map(str, self.head_sizes))}, got {facts.head_size}"
         if self.min_capability is not None and (facts.capability or (0, 0)) < self.min_capability:
             return f"needs compute capability {self.min_capability}, got {facts.capability}"
+        if self.torch_from is not None and facts.capability is not None:
+            needed = self.torch_from[max(known for known in self.torch_from if known <= facts.capability)]
+            if needed is None:
+                return f"no PyTorch is known to have it for compute capability {facts.capability}"
+            if version_numbers(facts.pytorch) < version_numbers(needed):
+                return f"needs PyTorch {needed} for compute capability {facts.capability}, got {facts.pytorch}"
         if self.package is not None and not _installed(self.package):
             return f"needs the package {self.package}, which is not installed"
         return None
