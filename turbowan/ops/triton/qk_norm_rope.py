@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rms_norm import root_mean_square
-from .rounding import chunk_of, columns, config_for, load_columns, load_row, rounded, store_part, warps_for
+from .rounding import COMPILED, chunk_of, columns, config_for, load_columns, load_row, narrowed, rounded, store_part, warps_for, widened
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ def _unit_kernel(
     q, k, weight_q, weight_k, cos, sin, q_out, k_out, q_sums, k_sums,
     length, stride_qb, stride_ql, stride_kb, stride_kl, eps,
     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """UNIT rows of q or of k."""
     sample = tl.program_id(1).to(tl.int64)
     if tl.program_id(2) == 0:
         _unit(
             q + sample * stride_qb, stride_ql, weight_q, cos, sin, q_out, q_sums, length, eps,
-            HEADS, SIZE, CHUNK, UNIT, BLOCK_Q,
+            HEADS, SIZE, CHUNK, UNIT, BLOCK_Q, STAGES,
         )  # fmt: skip
     else:
         _unit(
             k + sample * stride_kb, stride_kl, weight_k, cos, sin, k_out, k_sums, length, eps,
-            HEADS, SIZE, CHUNK, UNIT, BLOCK_K,
+            HEADS, SIZE, CHUNK, UNIT, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ def _unit_kernel(
 def _unit(
     x, stride, weight, cos, sin, out, sums, length, eps,
     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows `UNIT * program` and on of the sample that starts at x. BLOCK: rows of a mean, 0 = none wanted."""
     WIDTH: tl.constexpr = HEADS * SIZE
@@ -121,34 +122,31 @@ def _unit(
     cos += first * (SIZE // 2)
     sin += first * (SIZE // 2)
     pair = tl.arange(0, CHUNK // 2) % (SIZE // 2)  # the same for every chunk: whole heads
-    evens, odds = (), ()  # sums over the rows
-    if BLOCK > 0:
-        for _ in tl.static_range(COUNT):
-            evens = evens + (tl.zeros([CHUNK // 2], tl.float32),)
-            odds = odds + (tl.zeros([CHUNK // 2], tl.float32),)
+    factors, totals = (), ()  # totals: sums over the rows
+    for i in tl.static_range(COUNT):
+        factors = factors + (load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH),)
+        totals = totals + (tl.zeros([CHUNK], tl.float32),)
 
-    parts = load_row(x, WIDTH, CHUNK)
-    for row in tl.range(0, rows):
-        following = load_row(x + tl.minimum(row + 1, rows - 1) * stride, WIDTH, CHUNK)
+    for row in tl.range(0, rows, num_stages=STAGES):
+        parts = load_row(x + row * stride, WIDTH, CHUNK)
         c = tl.load(cos + row * (SIZE // 2) + pair)
         s = tl.load(sin + row * (SIZE // 2) + pair)
         inverse = root_mean_square(parts, eps, WIDTH)
-        more_evens, more_odds = (), ()
+        more = ()
         for i in tl.static_range(COUNT):
-            factor = load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH).to(tl.float32)
-            normed = rounded(parts[i].to(tl.float32) * inverse * factor, dtype)
+            normed = rounded(widened(parts[i]) * inverse * _widened_here(factors[i]), dtype)
             even, odd = tl.split(tl.reshape(normed, [CHUNK // 2, 2]))
-            even, odd = rounded(even * c - odd * s, dtype), rounded(even * s + odd * c, dtype)
-            turned = tl.reshape(tl.join(even, odd), [CHUNK]).to(dtype)
+            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [CHUNK])
+            turned = narrowed(turned, dtype)
             store_part(out + row * WIDTH, turned, i, WIDTH, CHUNK)
             if BLOCK > 0:
-                more_evens, more_odds = more_evens + (evens[i] + even,), more_odds + (odds[i] + odd,)
-        evens, odds = more_evens, more_odds
-        parts = following
+                more = more + (totals[i] + widened(turned),)
+        if BLOCK > 0:
+            totals = more
 
     if BLOCK > 0:
         for i in tl.static_range(COUNT):
-            total = tl.reshape(tl.join(evens[i], odds[i]), [CHUNK])
+            total = totals[i]
             if BLOCK == UNIT:
                 total = total / rows
             column = columns(i, CHUNK)
@@ -157,6 +155,18 @@ def _unit(
                 tl.store(sums + place, total)
             else:
                 tl.store(sums + place, total, mask=column < WIDTH)
+
+
+@triton.jit
+def _widened_here(x):
+    """x in float32, where it is asked for: left to itself the compiler does it before the loop, and keeps registers
+    twice as wide over it."""
+    if COMPILED and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=False, pack=2
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
