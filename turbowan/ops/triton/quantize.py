@@ -75,5 +75,6 @@ def quantize_int8_blockwise(x: Tensor, num_warps: int | None = None) -> tuple[Te
     scale = torch.empty((triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK)), dtype=torch.float32, device=x.device)
     if m > 0:
         warps = num_warps or BLOCK_WARPS
-        _block_kernel[(scale.numel(),)](x, codes, scale, m, k, x.stride(0), BLOCK, slab_of(warps, BLOCK), num_warps=warps)
+        slab = slab_of(warps, BLOCK)
+        _block_kernel[(scale.numel(),)](x, codes, scale, m, k, x.stride(0), BLOCK, slab, num_warps=warps)
     return codes, scale

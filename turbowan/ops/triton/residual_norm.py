@@ -38,10 +38,12 @@ from .rounding import (
 
 @dataclass(frozen=True)
 class Config:
-    """warps: of a row's program; 0 = by the width. block_warps: of a block's."""
+    """warps: of a row's program; 0 = by the width. block_warps: of a block's. block_registers: of its
+    threads, at most."""
 
     warps: int = 0
-    block_warps: int = 8
+    block_warps: int = 16
+    block_registers: int = 64
 
 
 CONFIGS = {(8, 0): Config(), (9, 0): Config()}
@@ -49,7 +51,7 @@ CONFIGS = {(8, 0): Config(), (9, 0): Config()}
 
 def candidates() -> list[Config]:
     """What the sweep tries."""
-    return [Config(warps, 8) for warps in (0, 1, 2, 4, 8, 16)] + [Config(0, 16)]
+    return [Config(), Config(1, 16), Config(2, 32), Config(8, 8, 80)]
 
 
 def residual_norm(
@@ -97,6 +99,7 @@ def residual_norm(
             source, mean, deviation, *vectors, rows, row_scale,
             length, padded, source.stride(0), source.stride(1), WIDTH=width, BLOCK=BLOCK,
             SLAB=slab_of(config.block_warps, BLOCK), num_warps=config.block_warps,
+            maxnreg=config.block_registers,
         )  # fmt: skip
     return x_new, rows, row_scale
 
