@@ -11,7 +11,7 @@ from turbowan.ops.block_map import block_means
 
 pytest.importorskip("triton")
 from turbowan.ops.triton import sage_attention, sage_quantize, sparse_attention
-from turbowan.ops.triton.linear_state import linear_state
+from turbowan.ops.triton.linear_state import Config, candidates, linear_state
 from turbowan.ops.triton.sparse_linear_attention import sparse_linear_attention as whole
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -80,6 +80,14 @@ def test_linear_state(kernels, guarded, relative_error, dtype, size, length):
     again = linear_state(k, v, weight)
     assert torch.equal(folded, again[0])
     assert torch.equal(key_sums, again[1])
+
+
+@pytest.mark.parametrize("config", [*candidates(), Config(1), Config(2, 32, descriptors=False)], ids=str)
+def test_every_state_of_the_sweep(kernels, guarded, relative_error, config):
+    """Few programs of many tiles among them."""
+    (_, k, v), weight, *_ = draw(kernels, DTYPES[0], 200, 128, heads=1)
+    for ours, usual in zip(guarded(linear_state, k, v, weight, config), linear_state(k, v, weight), strict=True):
+        assert relative_error(ours, usual) <= BARS[DTYPES[0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1] if ON_GPU else DTYPES[1:], ids=str)

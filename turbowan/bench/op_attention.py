@@ -74,7 +74,7 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
     Args:
         shape: a key of `op_linear.SHAPES`: rows, D, F.
     """
-    from ..ops.triton import linear_state, sage_quantize, select_blocks
+    from ..ops.triton import sage_quantize, select_blocks
 
     at = Inputs(shape, device)
     flops = at.sparse_flops + 2 * at.branch_flops
@@ -85,8 +85,7 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
 
     select = partial(_select, at)
     yield Case("part: selection", select, at.shape, 0, sum(4 * x.numel() for x in (*at.means, at.lists)))
-    state = partial(linear_state.linear_state, at.k, at.v, at.weight)
-    yield Case("part: state", state, at.shape, at.branch_flops, 2 * at.bytes)
+    yield _state(at)
     yield _sparse(at)
     means = partial(select_blocks.block_means, at.k, at.blocks[1])
     yield Case("part: means of k", means, at.shape, 0, at.bytes)
@@ -115,11 +114,13 @@ def sweep(
         Records for JSON: kernel, configuration, and its milliseconds, rate, share of the bound and distance from the
         table's choice (for short attention: from the eager twin); or what failed.
     """
-    from ..ops.triton import sage_attention, short_attention, sparse_attention
+    from ..ops.triton import linear_state, sage_attention, short_attention, sparse_attention
 
     some = slice(part[0], None, part[1])
     for blocks in ((128, 64), (64, 128)):
         at = Inputs(shape, device, blocks)
+        for state_config in linear_state.candidates()[some] if blocks == (128, 64) else ():
+            yield _timed(_state(at, state_config), state_config, repeats)
         for config in sparse_attention.candidates(*blocks)[some]:
             yield _timed(_sparse(at, config), config, repeats)
         for sage_config in sage_attention.candidates(*blocks)[some]:
@@ -140,6 +141,15 @@ def _select(at: Inputs) -> Tensor:
     from ..ops.triton.select_blocks import select_blocks, token_means
 
     return select_blocks(*at.means, token_means(at.means[1], at.length, at.blocks[1]), TOP_K)
+
+
+def _state(at: Inputs, config: Any = None) -> Case:
+    """What all keys leave for the linear branch."""
+    from ..ops.triton.linear_state import linear_state
+
+    run = partial(linear_state, at.k, at.v, at.weight, config)
+    error = None if config is None else lambda: max(map(_distance, run(), at.state))
+    return Case("part: state", run, at.shape, at.branch_flops, 2 * at.bytes, error=error)
 
 
 def _sparse(at: Inputs, config: Any = None) -> Case:
