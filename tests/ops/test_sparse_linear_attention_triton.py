@@ -28,8 +28,8 @@ GEOMETRIES = [(128, 64), (64, 128), (64, 64)]
 def configs(block_q, block_k):
     """The table's choice (None), loads without descriptors, and the kernel for Hopper; all of them are the sweep's."""
     if ON_GPU:
-        by_hand = [sparse_attention.Config(block_q, 3, 64, True, True)] if ON_HOPPER else []
-        return [None, sparse_attention.Config(128, 2), sparse_attention.Config(64, 2), *by_hand]
+        pipelined = [sparse_attention.Config(64, 3, descriptors=True)] if ON_HOPPER else []
+        return [None, sparse_attention.Config(128, 2), sparse_attention.Config(64, 2), *pipelined]
     return [sparse_attention.Config(192 - tile, 2, tile, tile == 64) for tile in (64, 128) if tile <= block_k]
 
 
@@ -102,6 +102,23 @@ def test_sparse_attention(kernels, guarded, relative_error, dtype, size, block_q
         assert ours.dtype == dtype
         assert relative_error(ours, expected) <= BARS[dtype], config
         assert torch.equal(ours, run(*case, block_q, block_k, config)), config
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize(
+    ("length", "kept", "heads", "size"),
+    [*((700, kept, 1, 128) for kept in (1, 2, 4)), *((640 + more, 5, 1, 128) for more in (1, 63, 64, 65)),
+     (4000, 5, 8, 128), (4033, 6, 8, 64)],
+)  # fmt: skip
+def test_programs_that_take_several_blocks(guarded, relative_error, block_k, length, kept, heads, size):
+    """Few and many key blocks, short last ones, and more query blocks than processors."""
+    case = draw("cuda", torch.bfloat16, length, size, 2, heads, kept, 128, block_k)
+    ours = guarded(run, *case, 128, block_k)
+    assert relative_error(ours, reference(*case, 128, block_k)) <= 5e-3
+    for _ in range(10):
+        assert torch.equal(run(*case, 128, block_k), ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)

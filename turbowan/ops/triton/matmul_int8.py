@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hopper import HAS_GLUON
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # before Triton 3.4: pointers only
     TensorDescriptor = None
-
-HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 @dataclass(frozen=True)
