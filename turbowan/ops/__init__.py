@@ -16,6 +16,7 @@ from .int8_blockwise import (
 )
 from .int8_rowwise import linear_int8_rowwise, product_int8_rowwise, quantize_int8_rowwise
 from .layer_norm import layer_norm
+from .linear import linear
 from .qk_norm_rope import qk_norm_rope
 from .registry import OPERATIONS, Facts, explain, force
 from .residual_norm import residual_norm
@@ -38,6 +39,7 @@ __all__ = [
     "force",
     "gelu_rows",
     "layer_norm",
+    "linear",
     "linear_fp8_rowwise",
     "linear_fp8_scaled",
     "linear_int8_blockwise",

@@ -49,6 +49,7 @@ class Constraints:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
     package: str | None = None  # that must be installed
     # from a compute capability up to the next one named, the first PyTorch that serves; None: none that we know of
     torch_from: Mapping[tuple[int, int], str | None] | None = None
@@ -63,6 +64,8 @@ class Constraints:
             return f"needs head size {'/'.join(map(str, self.head_sizes))}, got {facts.head_size}"
         if self.min_capability is not None and (facts.capability or (0, 0)) < self.min_capability:
             return f"needs compute capability {self.min_capability}, got {facts.capability}"
+        if self.max_capability is not None and (facts.capability or (0, 0)) > self.max_capability:
+            return f"is for compute capability {self.max_capability} at most, got {facts.capability}"
         if self.torch_from is not None and facts.capability is not None:
             needed = self.torch_from[max(known for known in self.torch_from if known <= facts.capability)]
             if needed is None:
