@@ -111,7 +111,7 @@ def store_row(row, scale, parts, WIDTH: tl.constexpr, CHUNK: tl.constexpr, FORMA
                 store_part(row, _low_byte(tl.fma(widened(parts[i]), inverse, _NEAREST)), i, WIDTH, CHUNK)
         else:
             for i in tl.static_range(COUNT):
-                ratio = _quotient(widened(parts[i]), step, inverse)
+                ratio = quotient(widened(parts[i]), step, inverse)
                 if FORMAT == "int8_row":
                     store_part(row, _integers(ratio), i, WIDTH, CHUNK)
                 else:
@@ -199,7 +199,7 @@ def _largest(x):
 
 
 @triton.jit
-def _quotient(x, divisor, inverse):
+def quotient(x, divisor, inverse):
     """x / divisor as IEEE division rounds it, from the rounded 1 / divisor: one step of Newton's (Markstein, 1990)."""
     near = x * inverse
     return tl.fma(tl.fma(-near, divisor, x), inverse, near)
@@ -214,7 +214,7 @@ def _factor(top, step, inverse):
     halves lies top / 2 (and others, if step is a power of two; then nothing need be turned): it decides.
     """
     half = 0.5 * top
-    wanted = _quotient(half, step, inverse) + _NEAREST
+    wanted = quotient(half, step, inverse) + _NEAREST
     found = tl.fma(half, inverse, _NEAREST)
     bits = inverse.to(tl.int32, bitcast=True)
     return tl.where(found < wanted, bits + 2, tl.where(found > wanted, bits - 2, bits)).to(tl.float32, bitcast=True)
