@@ -227,6 +227,12 @@ def _integers(x):
 
 
 @triton.jit
+def integers_away(x):
+    """Round to int8, half away from zero, with what float32 holds next below a half; |x| < 2^21."""
+    return _low_byte(tl.fma(x, 1.0 + 2**-23, _NEAREST))
+
+
+@triton.jit
 def _low_byte(x):
     """Of a float32's bits, as int8."""
     return x.to(tl.int32, bitcast=True).to(tl.int8)

@@ -100,17 +100,18 @@ class Config:
     registers: int | None = None
 
 
-# by capability; the nearest below counts. (9, 0): of 14B at 832x480, 64 rows take 3.8 ms where 128 take 5.4
+# by capability (the nearest below counts), then by the key block; three programs' key blocks of 128 would not fit
 CONFIGS = {
-    (8, 9): Config(64, 2),  # not measured
-    (9, 0): Config(64, 3, True, 168),
+    (8, 9): dict.fromkeys((64, 128), Config(64, 2)),  # not measured
+    (9, 0): {64: Config(64, 3, True, 168), 128: Config(64, 3, True)},
 }
 
 
 def candidates(block_q: int, block_k: int) -> list[Config]:
     """What a sweep tries."""
-    by_hand = [Config(64, stages, True, registers) for stages, registers in product((2, 3, 4), (168, None))]
-    return [*by_hand, Config(64, 3), *([Config(128, 3, True)] if block_q == 128 else [])]
+    stages = (3, 4) if block_k == 64 else (2, 3)
+    copied = [Config(64, *how) for how in product(stages, (True,), (168, None))]
+    return [*copied, Config(64, 3), *([Config(128, 3, True)] if block_q == 128 else [])]
 
 
 def sage_attention(
@@ -134,7 +135,7 @@ def sage_attention(
     Returns:
         [B, L, H, D] in q's dtype, contiguous.
     """
-    config = config or config_for(CONFIGS, q.device)
+    config = config or config_for(CONFIGS, q.device)[block_k]
     rows = min(config.rows, block_q)
     (k, k_scales), (v, v_scales) = keys, values
     codes, q_scales = quantize_blocks(q, None, block_q)

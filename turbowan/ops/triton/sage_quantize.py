@@ -1,7 +1,7 @@
 """What SageSLA multiplies: int8 codes of q and k with a scale per block, e4m3 codes of v with a scale per channel.
 
-Two threads' neighbouring sums of q k^T make one thread's neighbouring operands of p v in 8 bits: v's tokens, 16 at a
-time, are stored in the order in which a thread already holds its probabilities, so that none of them changes hands.
+The tensor cores leave a thread other columns of q k^T than they want of the 8-bit probabilities. v's tokens are
+therefore stored, 16 at a time, in the order in which threads hold their columns: no probability changes threads.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rounding import quotient
+from .rounding import integers_away, quotient
 from .select_blocks import less_mean
 
 V_RANGE = 2.25  # the largest |v| after scaling, as in the eager twin
@@ -30,8 +30,8 @@ def to_e4m3(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _stored_at(place):
-    """The token that v's codes hold at a place: of 16, token 8 a + 2 t + b lies at 4 t + 2 a + b."""
+def _token_at(place):
+    """The token at a place of v's codes: of each 16, token 8 a + 2 t + b lies at 4 t + 2 a + b (a, b < 2, t < 4)."""
     return (place & -15) | ((place & 2) << 2) | ((place & 12) >> 1)
 
 
@@ -46,23 +46,21 @@ def as_stored(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _blocks(
     x, mean, codes, scales, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """Codes are rounded half away from zero; rows past the end count as zero."""
+    """Codes are rounded half away from zero."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows < length)[:, None]
-    rows = rows.to(tl.int64)[:, None]
+    rows = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
     columns = tl.arange(0, D)
     x += (head // heads) * stride_b + (head % heads) * stride_h
-    tile = tl.load(x + rows * stride_l + columns[None, :], mask=inside, other=0.0)
+    last = tl.minimum(rows, length - 1).to(tl.int64)  # again and again past the end: the maximum stays
+    tile = tl.load(x + last * stride_l + columns[None, :])
     if mean is not None:
-        tile = tl.where(inside, less_mean(tile, mean + head * D, D), 0.0)
+        tile = less_mean(tile, mean + head * D, D)
     tile = tile.to(tl.float32)
     scale = tl.div_rn(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), 127.0) + 1e-7
-    ratio = quotient(tile, scale, tl.div_rn(1.0, scale))
-    out = (ratio + tl.where(ratio < 0, -0.5, 0.5)).to(tl.int8)
+    out = integers_away(quotient(tile, scale, tl.div_rn(1.0, scale)))
     at = (((head // heads) * length + rows) * heads + head % heads) * D + columns[None, :]
-    tl.store(codes + at, out, mask=inside)
+    tl.store(codes + at, out, mask=rows < length)
     tl.store(scales + head * tl.num_programs(0) + block, scale)
 
 
@@ -98,7 +96,7 @@ def _values(
 ):
     head = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = _stored_at(places)
+    rows = _token_at(places)
     columns = tl.arange(0, D)
     v += (head // heads) * stride_b + (head % heads) * stride_h
     at = rows.to(tl.int64)[:, None] * stride_l + columns[None, :]
@@ -130,7 +128,7 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     """v [B, L, H, D] -> e4m3 [B, H, D, padded L], tokens last as fp8 products on Hopper want them, in the order
     of `as_stored`, zero at the end (float32 with the same values on a CPU), and float32 scales [B, H, D]."""
     batch, length, heads, size = v.shape
-    chunk = 2048
+    chunk = 512  # enough programs that the last ones to start do not count
     chunks = triton.cdiv(length, chunk)
     peaks = v.new_empty((batch, heads, chunks, size), dtype=torch.float32)
     _peaks[(chunks, batch * heads)](v, peaks, length, heads, *v.stride()[:3], chunk, size, num_warps=8)
@@ -138,8 +136,9 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     padded = triton.cdiv(length, _PAD) * _PAD
     dtype = torch.float8_e4m3fn if v.is_cuda else torch.float32
     codes = v.new_empty((batch, heads, size, padded), dtype=dtype)
-    grid = (padded // _PAD, batch * heads)
+    rows = 64  # of a program: 128 leave a multiprocessor room for one only
+    grid = (padded // rows, batch * heads)
     _values[grid](
-        v, scales, codes, length, padded, heads, *v.stride()[:3], _PAD, size, v.is_cuda, num_warps=8
+        v, scales, codes, length, padded, heads, *v.stride()[:3], rows, size, v.is_cuda, num_warps=4
     )  # fmt: skip
     return codes, scales
