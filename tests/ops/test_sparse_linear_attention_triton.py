@@ -61,7 +61,7 @@ def run(inputs, weight, bias, lists, block_q, block_k, config=None):
 
 def run_sage(inputs, weight, bias, lists, block_q, block_k, config=None):
     q, k, v = inputs
-    keys = sage_quantize.quantize_keys(k, k.float().mean(dim=1), block_k)
+    keys = sage_quantize.quantize_blocks(k, k.float().mean(dim=1), block_k)
     values = sage_quantize.quantize_values(v)
     state = linear_state(k, v, weight)
     return sage_attention.sage_attention(q, keys, values, lists, *state, bias, block_q, block_k, config)
@@ -141,8 +141,9 @@ def test_e4m3_of_the_interpreter_is_pytorchs(kernels):
     v = torch.randn(1, 300, 1, 64) * torch.logspace(-4, 2, 300)[:, None, None]
     codes, scales = sage_quantize.quantize_values(v)
     expected = (v.transpose(1, 2) / scales[:, :, None]).to(torch.float8_e4m3fn).float()
-    assert torch.equal(codes[..., :300], expected.transpose(-1, -2))
-    assert (codes[..., 300:] == 0).all()
+    in_order = codes.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-4)  # see `sage_quantize.as_stored`
+    assert torch.equal(in_order[..., :300], expected.transpose(-1, -2))
+    assert (in_order[..., 300:] == 0).all()
 
 
 @pytest.mark.parametrize("run", [run, run_sage])

@@ -89,7 +89,7 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
     yield _sparse(at)
     means = partial(select_blocks.block_means, at.k, at.blocks[1])
     yield Case("part: means of k", means, at.shape, 0, at.bytes)
-    keys = partial(sage_quantize.quantize_keys, at.k, at.k_mean, at.blocks[1])
+    keys = partial(sage_quantize.quantize_blocks, at.k, at.k_mean, at.blocks[1])
     yield Case("part: int8 keys", keys, at.shape, 0, at.bytes * 3 // 2)
     yield Case("part: e4m3 values", partial(sage_quantize.quantize_values, at.v), at.shape, 0, at.bytes * 5 // 2)
     yield _sage(at)
@@ -164,7 +164,7 @@ def _sage(at: Inputs, config: Any = None) -> Case:
     """The same in 8 bits, which follow rounding too."""
     from ..ops.triton import sage_attention, sage_quantize
 
-    keys = sage_quantize.quantize_keys(at.k, at.k_mean, at.blocks[1])
+    keys = sage_quantize.quantize_blocks(at.k, at.k_mean, at.blocks[1])
     values = sage_quantize.quantize_values(at.v)
     arguments = (at.q, keys, values, at.lists, *at.state, at.bias, *at.blocks)
     return _kernel("part: int8 kernel", sage_attention.sage_attention, arguments, at, config, 3 * at.bytes, "int8")

@@ -170,7 +170,7 @@ def add_linear_branch(result, q, folded, key_sums, bias, epsilon, D: tl.constexp
     weight = tl.sum(phi * tl.load(key_sums + columns)[None, :], axis=1) + epsilon
     state = tl.load(folded + columns[:, None] * D + columns[None, :])
     result += tl.load(bias + columns).to(state.dtype).to(tl.float32)[None, :]
-    return tl.dot((phi / weight[:, None]).to(state.dtype), state, result)
+    return tl.dot((phi * reciprocal(weight)[:, None]).to(state.dtype), state, result)
 
 
 @triton.jit(do_not_specialize=["length"])

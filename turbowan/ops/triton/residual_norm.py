@@ -18,6 +18,7 @@ from ..fp8_rowwise import quantize_fp8_rowwise
 from ..int8_blockwise import BLOCK
 from .rounding import (
     CODES,
+    COMPILED,
     block_codes,
     block_scale,
     chunk_of,
@@ -148,14 +149,14 @@ def _row_kernel(
     total = widened(parts[0])
     for i in tl.static_range(1, COUNT):
         total += widened(parts[i])
-    mean = tl.sum(total, axis=0) / WIDTH
+    mean = _average(tl.sum(total, axis=0), WIDTH)
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(COUNT):
         centred = widened(parts[i]) - mean
         if (i + 1) * CHUNK > WIDTH:
             centred = tl.where(columns(i, CHUNK) < WIDTH, centred, 0.0)
         total += centred * centred
-    variance = tl.sum(total, axis=0) / WIDTH
+    variance = _average(tl.sum(total, axis=0), WIDTH)
     if OFFICIAL > 0:
         variance += OFFICIAL / WIDTH * mean * mean
     deviation = tl.rsqrt(variance + eps)
@@ -177,6 +178,18 @@ def _row_kernel(
                 out = tl.where(column < WIDTH, out, tl.zeros_like(out))
             outs = outs + (out,)
         store_row(rows + dense * WIDTH, row_scale + dense, outs, WIDTH, CHUNK, FORMAT)
+
+
+@triton.jit
+def _average(total, WIDTH: tl.constexpr):
+    """total / WIDTH, rounded as it is stored for blocks: left to itself, the assembler makes one fma of it and the
+    subtraction from x where nothing else needs it, and codes of blocks then differ from those of the rows."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [total, 1.0 / WIDTH], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return total / WIDTH
 
 
 @triton.jit

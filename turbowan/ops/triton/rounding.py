@@ -111,7 +111,7 @@ def store_row(row, scale, parts, WIDTH: tl.constexpr, CHUNK: tl.constexpr, FORMA
                 store_part(row, _low_byte(tl.fma(widened(parts[i]), inverse, _NEAREST)), i, WIDTH, CHUNK)
         else:
             for i in tl.static_range(COUNT):
-                ratio = _quotient(widened(parts[i]), step, inverse)
+                ratio = quotient(widened(parts[i]), step, inverse)
                 if FORMAT == "int8_row":
                     store_part(row, _integers(ratio), i, WIDTH, CHUNK)
                 else:
@@ -164,7 +164,17 @@ def widened(x):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 as its nearest number of dtype, in float32."""
-    return widened(narrowed(x, dtype))
+    if COMPILED and dtype == tl.float16:  # opaque: else a product and a sum become one fma in float16
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half; }",
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return widened(narrowed(x, dtype))
 
 
 @triton.jit
@@ -193,7 +203,7 @@ def _largest(x):
 
 
 @triton.jit
-def _quotient(x, divisor, inverse):
+def quotient(x, divisor, inverse):
     """x / divisor as IEEE division rounds it, from the rounded 1 / divisor: one step of Newton's (Markstein, 1990)."""
     near = x * inverse
     return tl.fma(tl.fma(-near, divisor, x), inverse, near)
@@ -208,7 +218,7 @@ def _factor(top, step, inverse):
     halves lies top / 2 (and others, if step is a power of two; then nothing need be turned): it decides.
     """
     half = 0.5 * top
-    wanted = _quotient(half, step, inverse) + _NEAREST
+    wanted = quotient(half, step, inverse) + _NEAREST
     found = tl.fma(half, inverse, _NEAREST)
     bits = inverse.to(tl.int32, bitcast=True)
     return tl.where(found < wanted, bits + 2, tl.where(found > wanted, bits - 2, bits)).to(tl.float32, bitcast=True)
@@ -218,6 +228,12 @@ def _factor(top, step, inverse):
 def _integers(x):
     """Round to int8, half to even; |x| < 2^22."""
     return _low_byte(x + _NEAREST)
+
+
+@triton.jit
+def integers_away(x):
+    """Round to int8, half away from zero, with what float32 holds next below a half; |x| < 2^21."""
+    return _low_byte(tl.fma(x, 1.0 + 2**-23, _NEAREST))
 
 
 @triton.jit
