@@ -164,17 +164,7 @@ def widened(x):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 as its nearest number of dtype, in float32."""
-    if COMPILED and dtype == tl.float16:  # opaque: else a product and a sum become one fma in float16
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half; }",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return widened(narrowed(x, dtype))
+    return widened(narrowed(x, dtype))
 
 
 @triton.jit
