@@ -21,7 +21,7 @@ def on_gpu(make_transformer):
 
     def make(format, kind):
         net = make_transformer(AttentionConfig(kind, 0.3), ffn_dim=640).to("cuda", torch.bfloat16)
-        prepare(net, None if format == "bf16" else format)
+        prepare(net, format)
         return net
 
     return make

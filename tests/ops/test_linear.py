@@ -1,4 +1,4 @@
-"""Linear layers in 16 and 32 bits; on Hopper by the kernel."""
+"""Linear layers in 16 and 32 bits."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from turbowan import ops
 from turbowan.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def test_is_pytorchs(relative_error):
@@ -21,21 +20,15 @@ def test_is_pytorchs(relative_error):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
-@pytest.mark.parametrize(("m", "k", "n"), [(4097, 136, 264), (5000, 5120, 1536), (32760, 1536, 8960), (8192, 64, 8)])
-def test_on_hopper(guarded, relative_error, dtype, activation, m, k, n):
-    """Against float64 of what was rounded; 20 runs bit for bit; nothing beside the result is written."""
-    from turbowan.ops.triton.linear import linear
-
+@pytest.mark.parametrize(("m", "k", "n"), [(7, 136, 264), (5000, 5120, 1536), (32760, 1536, 8960)])
+def test_gelu_in_the_epilogue(relative_error, dtype, m, k, n):
+    """It is GELU's tanh form, of which erf's differs by 2e-4 here; so close to float32 because it is rounded once."""
     x, weight, bias = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((m, k), (n, k), (n,)))
     weight = weight / k**0.5
-    for given in (bias, None):
-        ours = guarded(linear, x, weight, given, activation)
-        expected = F.linear(x.float(), weight.float(), None if given is None else given.float())
-        expected = F.gelu(expected, approximate="tanh") if activation == "gelu_tanh" else expected
-        assert ours.dtype == dtype
-        assert relative_error(ours, expected) <= 0.004
-        for _ in range(20):
-            assert torch.equal(linear(x, weight, given, activation), ours)
+    ours = ops.linear(x, weight, bias, "gelu_tanh")
+    expected = F.gelu(F.linear(x.float(), weight.float(), bias.float()), approximate="tanh")
+    assert ours.dtype == dtype
+    assert relative_error(ours, expected) <= (0.003 if dtype == torch.bfloat16 else 4e-4)
+    assert torch.equal(ops.linear(x, weight, bias, "gelu_tanh"), ours)

@@ -43,7 +43,6 @@ def cases(shape: str) -> Iterator[Case]:
     for k, n in ((d, 3 * d), (d, d), (d, f), (f, d)):
         x, weight, bias = _draw(m, k, n)
         yield _product_case("bf16", x, weight, partial(ops.linear, x, weight, bias), bias)
-        yield _product_case("bf16, PyTorch's", x, weight, partial(F.linear, x, weight, bias), bias)
         if n == f:
             yield _product_case("bf16 gelu", x, weight, partial(ops.linear, x, weight, bias, "gelu_tanh"), None)
         for format, product in PRODUCTS.items():
@@ -72,15 +71,10 @@ def sweep(shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10) -> Iter
     Returns:
         Records for JSON: kernel, configuration, and its milliseconds, rate and error; or what failed.
     """
-    from ..ops.triton import linear, matmul_int8, quantize
+    from ..ops.triton import matmul_int8, quantize
 
     m, d, f = SHAPES[shape]
     x, weight, bias = _draw(m, d, f)
-    by_hand = [config for config in matmul_int8.candidates("row") if isinstance(config, matmul_int8.HopperConfig)]
-    for wide in by_hand[part[0] :: part[1]]:
-        what = {"kernel": "bf16", "config": asdict(wide)}
-        case = _product_case("bf16", x, weight, partial(linear.linear, x, weight, bias, "none", wide), bias)
-        yield what | _patiently(what, case, repeats)
     products: dict[str, Callable[..., Tensor]] = {
         "int8_row": matmul_int8.product_int8_rowwise,
         "int8_block": matmul_int8.product_int8_blockwise,

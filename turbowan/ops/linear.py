@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .epilogue import check_activation
-from .registry import Operation
-from .triton import offer
+from .registry import Constraints, Implementation, Operation
 
 
-def in_plain_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The eager twin."""
+def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     out = F.linear(x, weight, bias)
     return F.gelu(out, approximate="tanh") if activation == "gelu_tanh" else out
 
@@ -23,12 +21,21 @@ def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * x[0] * weight[0] * weight[1]
 
 
-_operation = Operation("linear", in_plain_pytorch, _fake, _flops)
-offer(_operation, "linear", "linear", name="hopper", min_capability=(9, 0), max_capability=(9, 0), interpreted=False)
+def _by_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """GELU, in the same tanh form, in the product's epilogue: of the sum in float32, before it is rounded."""
+    if activation == "gelu_tanh" and bias is not None:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return _eager(x, weight, bias, activation)
+
+
+_operation = Operation("linear", _eager, _fake, _flops)
+_operation.add(
+    Implementation("cublaslt", _by_cublaslt, Constraints(("cuda",), (torch.bfloat16, torch.float16)), priority=1)
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x W^T + bias, rounded to x's dtype, and the activation of that, rounded again.
+    """x W^T + bias in x's dtype, and an activation.
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N]. activation: "none" or "gelu_tanh".

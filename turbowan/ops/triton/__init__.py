@@ -22,22 +22,20 @@ def offer(
     dtypes: tuple[torch.dtype, ...] | None = (torch.bfloat16, torch.float16),
     head_sizes: tuple[int, ...] | None = None,
     min_capability: tuple[int, int] = (8, 0),
-    max_capability: tuple[int, int] | None = None,
-    interpreted: bool = True,
     priority: int = 1,
 ) -> None:
     """Let an operation choose a kernel: `function` of the file `module` beside this one, loaded at its first use.
 
     With Triton's interpreter (`TRITON_INTERPRET=1`) it also runs on a CPU, in float32 and float16 too, where it is
-    forced: for tests. interpreted: False for what the interpreter cannot run.
+    forced: for tests.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return _load(module, function)(*args, **kwargs)
 
-    cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, max_capability, package="triton")
+    cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, package="triton")
     operation.add(Implementation(name, run, cuda, priority))
-    if INTERPRETED and interpreted:
+    if INTERPRETED:
         operation.add(Implementation(name, run, Constraints(("cpu",), None, head_sizes, package="triton"), -1))
 
 

@@ -37,7 +37,7 @@ class Config:
     block_warps: int = 8
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=16)}
 
 
 def candidates() -> list[Config]:

@@ -1,4 +1,4 @@
-"""Products on Hopper (compute capability 9.0), of int8 or 16-bit rows: one warp loads, two groups of four multiply.
+"""Products of int8 rows on Hopper (compute capability 9.0): one warp loads, two groups of four warps multiply.
 
 Written in Gluon, in names that Triton 3.6 to 3.9 know. Unlike in the loop that Triton makes of `matmul_int8.py`, an
 integer product stays in flight while the next one is started, the groups need not wait for each other, and where blocks
@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import barrier, copy_in, copy_out
 from .matmul_int8 import HopperConfig
 
-ROWS, COLUMNS, STEP = 128, 256, 128  # of a tile; bytes of K per step
+ROWS, COLUMNS, STEP = 128, 256, 128  # of a tile; of K per step
 
 
 @gluon.jit
@@ -45,7 +45,6 @@ def _load(a, b, shared, M, N, steps, GROUP: gl.constexpr, ROWS: gl.constexpr, CO
     """The loading warp: fills a slot as soon as both groups have read what was in it."""
     a_slots, b_slots, _, full, empty = shared
     STAGES: gl.constexpr = b_slots.shape[0]
-    STEP: gl.constexpr = b_slots.shape[2]
     count = 0  # of steps, over all tiles
     for tile in range(gl.program_id(0), gl.cdiv(M, ROWS) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         row, column = _corner(tile, M, N, GROUP, ROWS, COLUMNS)
@@ -54,9 +53,9 @@ def _load(a, b, shared, M, N, steps, GROUP: gl.constexpr, ROWS: gl.constexpr, CO
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)  # the first round finds all slots empty
             arrived = full.index(slot)
             mbarrier.expect(arrived, 2 * a.block_type.nbytes + b.block_type.nbytes)
-            copy_in(a, [row, k * STEP], arrived, a_slots.index(2 * slot))
-            copy_in(a, [row + ROWS // 2, k * STEP], arrived, a_slots.index(2 * slot + 1))
-            copy_in(b, [column, k * STEP], arrived, b_slots.index(slot))
+            copy_in(a, [row, k * 128], arrived, a_slots.index(2 * slot))
+            copy_in(a, [row + ROWS // 2, k * 128], arrived, a_slots.index(2 * slot + 1))
+            copy_in(b, [column, k * 128], arrived, b_slots.index(slot))
             count += 1
 
 
@@ -92,21 +91,19 @@ def _row_tiles(
     common, bias, WHICH: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying group, scales per row and column or none: one sum over all of K, of integers where codes are."""
+    """A multiplying group, scales per row and column: an integer sum over all of K."""
     a_scale, b_scale, out, shared, M, N, steps = common
     a_slots, b_slots, places, full, empty = shared
     STAGES: gl.constexpr = b_slots.shape[0]
     HEIGHT: gl.constexpr = ROWS // 2
     HALF: gl.constexpr = COLUMNS // 2
-    INTEGER: gl.constexpr = b_slots.dtype == gl.int8
-    SUMS: gl.constexpr = gl.int32 if INTEGER else gl.float32
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32 if INTEGER else 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
     place = places.index(WHICH)
     count = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, ROWS) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         row, column = _corner(tile, M, N, GROUP, ROWS, COLUMNS)
         row += WHICH * HEIGHT
-        total = gl.zeros((HEIGHT, COLUMNS), SUMS, layout=LAYOUT)
+        total = gl.zeros((HEIGHT, COLUMNS), gl.int32, layout=LAYOUT)
         for k in range(steps):
             slot = count % STAGES
             mbarrier.wait(full.index(slot), count // STAGES & 1)
@@ -116,22 +113,21 @@ def _row_tiles(
             total = warpgroup_mma_wait(1, (total,))  # the step before has been read: its slot is free
             mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), pred=k > 0)
             count += 1
-        if INTEGER:
-            index = row + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, LAYOUT))
-            rows = gl.load(a_scale + index, mask=index < M, other=0.0)[:, None]
-            columns = _of_columns(b_scale, column, N, LAYOUT, HALF)
+        index = row + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, LAYOUT))
+        rows = gl.load(a_scale + index, mask=index < M, other=0.0)[:, None]
+        columns = _of_columns(b_scale, column, N, LAYOUT, HALF)
         total = warpgroup_mma_wait(0, (total,))
         mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
-        halves = gl.split(gl.permute(gl.reshape(total, (HEIGHT, 2, HALF)), (0, 2, 1)))
-        for i in gl.static_range(2):
-            part = gl.convert_layout(halves[i], LAYOUT).to(gl.float32)
-            if INTEGER:
-                part = part * rows * columns
-            if BIAS:
-                part += _of_columns(bias, column + i * HALF, N, LAYOUT, HALF)
-            if INTEGER and i == 0:  # on their way while the first half is stored
-                columns = _of_columns(b_scale, column + HALF, N, LAYOUT, HALF)
-            _store(_finish(part, out.dtype, GELU), out, place, row, column + i * HALF)
+        first, second = gl.split(gl.permute(gl.reshape(total, (HEIGHT, 2, HALF)), (0, 2, 1)))
+        first = gl.convert_layout(first, LAYOUT).to(gl.float32) * rows * columns
+        if BIAS:
+            first += _of_columns(bias, column, N, LAYOUT, HALF)
+        columns = _of_columns(b_scale, column + HALF, N, LAYOUT, HALF)
+        _store(_finish(first, out.dtype, GELU), out, place, row, column)
+        second = gl.convert_layout(second, LAYOUT).to(gl.float32) * rows * columns
+        if BIAS:
+            second += _of_columns(bias, column + HALF, N, LAYOUT, HALF)
+        _store(_finish(second, out.dtype, GELU), out, place, row, column + HALF)
     tma.store_wait(0)
 
 
@@ -208,9 +204,8 @@ def _kernel(
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    STEP: gl.constexpr = b.block_type.shape[1]
-    a_slots = gl.allocate_shared_memory(a.dtype, [2 * STAGES, ROWS // 2, STEP], a.layout)
-    b_slots = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, STEP], b.layout)
+    a_slots = gl.allocate_shared_memory(a.dtype, [2 * STAGES, ROWS // 2, 128], a.layout)
+    b_slots = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, 128], b.layout)
     places = gl.allocate_shared_memory(out.dtype, [2, ROWS // 2, COLUMNS // 2], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -219,7 +214,7 @@ def _kernel(
         mbarrier.init(empty.index(slot), count=2)  # both groups have read it
     fence_async_shared()
     shared = (a_slots, b_slots, places, full, empty)
-    steps = gl.cdiv(K, STEP)
+    steps = gl.cdiv(K, 128)
     common = (a_scale, b_scale, out, shared, M, N, steps)
     gl.warp_specialize(
         [
@@ -235,24 +230,20 @@ def _kernel(
 def product(
     blocks: bool,
     codes: Tensor,
-    scale: Tensor | None,
+    scale: Tensor,
     weight: Tensor,
-    weight_scale: Tensor | None,
+    weight_scale: Tensor,
     bias: Tensor | None,
     out: Tensor,
     gelu: bool,
     config: HopperConfig,
 ) -> None:
-    """Fill out [M, N] from codes [M, K] and weight [N, K], all contiguous.
-
-    They are int8 with scales per 128 x 128 block or per row and column; or of 16 bits, without scales.
-    """
+    """Fill out [M, N] from int8 [M, K] and [N, K], scales per 128 x 128 block or per row and column; all contiguous."""
     (m, k), n = codes.shape, weight.shape[0]
     tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
     programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
     _kernel[(programs,)](
-        _describe(codes, ROWS // 2, STEP // codes.itemsize), _describe(weight, COLUMNS, STEP // codes.itemsize),
-        scale, weight_scale, bias,
+        _describe(codes, ROWS // 2, STEP), _describe(weight, COLUMNS, STEP), scale, weight_scale, bias,
         _describe(out, ROWS // 2, COLUMNS // 2), m, n, k,
         blocks, config.stages, config.group, bias is not None, gelu, ROWS, COLUMNS,
         num_warps=4, maxnreg=168,

@@ -45,7 +45,7 @@ class Config:
     per_thread: int = PER_THREAD
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(128, stages=2)}
 
 
 def candidates() -> list[Config]:

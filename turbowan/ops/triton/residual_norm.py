@@ -47,7 +47,7 @@ class Config:
     block_registers: int = 64
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=8, block_registers=80)}
 
 
 def candidates() -> list[Config]:
