@@ -58,6 +58,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         implementations = [watched(name, i) for i in operation.implementations]
         monkeypatch.setattr(operation, "implementations", implementations)
         monkeypatch.setattr(operation, "eager", implementations[0].function)
+        monkeypatch.setattr(operation, "_chosen", {})
     return seen
 
 
@@ -89,6 +90,7 @@ def test_its_answers_are_what_is_dispatched(name, monkeypatch) -> None:
         told = [replace(i, function=lambda *_, name=i.name: name) for i in implementations]
         monkeypatch.setattr(operation, "implementations", told)
         monkeypatch.setattr(operation, "eager", told[0].function)
+        monkeypatch.setattr(operation, "_chosen", {})
 
     own = list(operation.implementations)
     named(own)

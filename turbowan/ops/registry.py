@@ -141,6 +141,7 @@ class Operation:
         self.gradient = gradient
         self.implementations: list[Implementation] = [Implementation("eager", eager)]
         self.forced: str | None = None
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by what `Facts` are made of
         OPERATIONS[name] = self
         if hasattr(getattr(torch.ops, NAMESPACE), name):  # by another copy of the package: each keeps its own choice
             self._registered: Callable[..., Any] = self._run
@@ -155,6 +156,7 @@ class Operation:
     def add(self, implementation: Implementation) -> None:
         """Offer a further implementation; `select` weighs it from the next call on."""
         self.implementations.append(implementation)
+        self._chosen.clear()
 
     def select(self, facts: Facts, forced: str | None = None) -> Choice:
         """Pure choice by constraints and priority. A forced implementation runs or raises, never falls back.
@@ -184,11 +186,15 @@ class Operation:
                 return self._run(*args, **kwargs)
         if len(self.implementations) == 1 and self.forced is None:
             return self.eager(*args, **kwargs)
-        return self.select(Facts.of(args[0], args[0].shape[-1]), self.forced).implementation.function(*args, **kwargs)
+        x = args[0]
+        known = (x.device, x.dtype, x.shape[-1], self.forced)
+        if known not in self._chosen:
+            self._chosen[known] = self.select(Facts.of(x, x.shape[-1]), self.forced).implementation.function
+        return self._chosen[known](*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not differentiated(args):
-            return self._registered(*args, **kwargs)
+        if not differentiated(args):  # PyTorch's way to it takes the host as long as a kernel's launch
+            return (self._registered if _watched(args[0]) else self._run)(*args, **kwargs)
         if not self.gradient:
             raise MachineError(f"operation {self.name} has no gradient; train with weights that are not quantised")
         if self.forced not in (None, "eager"):
@@ -202,6 +208,12 @@ OPERATIONS: dict[str, Operation] = {}
 def forward_mode() -> bool:
     """Whether tangents are being carried along (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether PyTorch wants to see the operation as one: it compiles, a mode counts or fakes, x is no plain tensor."""
+    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    return torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack() > 0
 
 
 def differentiated(args: tuple[Any, ...]) -> bool:
