@@ -94,6 +94,7 @@ def test_without_kernels_files_keep_their_format(monkeypatch):
 def test_a_format_without_a_kernel_is_not_chosen(monkeypatch):
     operation = OPERATIONS["product_int8_rowwise"]
     monkeypatch.setattr(operation, "implementations", operation.implementations[:1])
+    monkeypatch.setattr(operation, "_chosen", {})
     assert choose_format((9, 0), "int8_block").format == "int8_block"
 
 

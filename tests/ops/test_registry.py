@@ -30,6 +30,7 @@ def rms_norm(monkeypatch):
     """The operation with its eager twin alone; its list of implementations is put back afterwards."""
     operation = OPERATIONS["rms_norm"]
     monkeypatch.setattr(operation, "implementations", operation.implementations[:1])
+    monkeypatch.setattr(operation, "_chosen", {})
     return operation
 
 
