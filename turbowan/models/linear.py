@@ -80,10 +80,12 @@ def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _is_plain(layer: nn.Module, rows: Rows) -> TypeGuard[nn.Linear]:
-    """Whether the layer is nothing but a product of numbers of one dtype; autocast gives them one only in PyTorch's."""
+    """Whether calling the layer is nothing but a product of numbers of one dtype: nobody hooked into it or replaced its
+    `forward`, and no autocast is to make them one."""
     if type(layer) is not nn.Linear or torch.is_autocast_enabled(rows.values.device.type):
         return False
-    return layer.weight.dtype == rows.values.dtype
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return not changed and layer.weight.dtype == rows.values.dtype
 
 
 class EightBitLinear(nn.Module, ABC):
