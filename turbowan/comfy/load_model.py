@@ -1,0 +1,76 @@
+"""Loader nodes of diffusion transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import folders
+from .inputs import combo, number
+
+OFFLOAD_MODES = ("comfy_native", "layerwise_gpu", "cpu_only")
+ATTENTION_TIP = (
+    "How self-attention runs. 'sla' and 'sagesla' (8-bit) look at the most important blocks only and need a file"
+    " trained for it; 'original' looks at everything and suits any file."
+)
+TOPK_TIP = "Share of key blocks that sparse attention looks at, 0..1. TurboDiffusion's files: 0.1; the tiny ones: 0.8."
+OFFLOAD_TIP = (
+    "Where weights live. comfy_native: ComfyUI's memory manager decides (recommended). layerwise_gpu: they stay in"
+    " host memory and each block borrows them for its turn. cpu_only: everything runs on the CPU."
+)
+MODEL_TIP = "A Wan transformer of any family, plain or in 8 bits. 'tiny' and its kin are inside the package."
+
+
+class TurboWanModelLoader:
+    """MODEL from a file: a real one, for ComfyUI's own nodes as well as for ours."""
+
+    DESCRIPTION = "Loads a Wan 2.1 / 2.2 diffusion model, plain or quantised. What it is, is read from the file."
+    CATEGORY = "loaders"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_model"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"model_name": combo(folders.choices(folders.TRANSFORMERS), MODEL_TIP)},
+            "optional": {
+                "attention_type": combo(("original", "sla", "sagesla"), ATTENTION_TIP, "sla"),
+                "sla_topk": number(0.1, 0.01, 1.0, 0.01, TOPK_TIP),
+                "offload_mode": combo(OFFLOAD_MODES, OFFLOAD_TIP, "comfy_native"),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:  # noqa: N802
+        return folders.check(model_name, (folders.TRANSFORMERS,), "model_name")
+
+    def load_model(
+        self, model_name: str, attention_type: str = "sla", sla_topk: float = 0.1, offload_mode: str = "comfy_native"
+    ) -> tuple:
+        return (load(model_name, "model_name", attention_type, sla_topk, offload_mode),)
+
+
+class TurboWanModelLoaderV2(TurboWanModelLoader):
+    """The same under its other published name, with that name's defaults."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        inputs = super().INPUT_TYPES()
+        inputs["optional"]["attention_type"] = combo(("sagesla", "sla", "original"), ATTENTION_TIP, "sagesla")
+        return inputs
+
+    def load_model(
+        self,
+        model_name: str,
+        attention_type: str = "sagesla",
+        sla_topk: float = 0.1,
+        offload_mode: str = "comfy_native",
+    ) -> tuple:
+        return super().load_model(model_name, attention_type, sla_topk, offload_mode)
+
+
+def load(name: str, label: str, attention: str, sla_topk: float, offload_mode: str) -> Any:
+    """The MODEL of a choice. label: the input that made it, for errors."""
+    path = folders.find(name, (folders.TRANSFORMERS,), label)
+    from .model import load_model
+
+    return load_model(path, attention, sla_topk, offload_mode)
