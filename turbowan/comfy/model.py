@@ -27,6 +27,7 @@ from .weights import PatchEmbedding, Patcher, adopt
 log = logging.getLogger(__name__)
 
 ATTENTION_OPTION = "turbowan_attention"  # in a patcher's transformer_options
+PAIR = "turbowan_low_noise_model"  # a patcher's attachment: the other expert
 _REFUSED = ("time_dim_concat", "reference_latent", "vace_context", "camera_conditions", "audio_embed", "pose_latents")
 
 
@@ -101,7 +102,7 @@ def _without_tail(text: Tensor) -> tuple[Tensor, int]:
 class WanModel(comfy.model_base.WAN21):
     """ComfyUI's Wan model: schedules, conditions and latent format are its own."""
 
-    def __init__(self, net: Network, dtype: torch.dtype) -> None:
+    def __init__(self, net: Network, dtype: torch.dtype, source: str) -> None:
         config = net.config
         kind = comfy.supported_models.WAN21_T2V if config.image_dim is None else comfy.supported_models.WAN21_I2V
         settings = {
@@ -111,6 +112,7 @@ class WanModel(comfy.model_base.WAN21):
         }  # fmt: skip
         super().__init__(kind(settings), image_to_video=config.image_dim is not None)
         self.diffusion_model = net.eval()
+        self.source = source  # the file's name
 
 
 _loaded: WeakValueDictionary[tuple, WanModel] = WeakValueDictionary()
@@ -131,7 +133,8 @@ def load_model(path: Path, attention: str, sla_topk: float, offload_mode: str) -
     model = _loaded.get(key)
     if model is None:
         net = load_transformer(path, "cpu", dtype)
-        model = _loaded[key] = WanModel(Network(net, _rounds(path, read(path, "transformer")[1], net)), dtype)
+        rounds = _rounds(path, read(path, "transformer")[1], net)
+        model = _loaded[key] = WanModel(Network(net, rounds), dtype, path.name)
         log.info("turbowan: %s", describe(path, model))
     patcher = Patcher(model, load_device=device, offload_device=offload)
     how = choose_attention(model.diffusion_model.config, str(path), attention, sla_topk)

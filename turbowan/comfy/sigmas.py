@@ -6,7 +6,6 @@ from typing import Any
 
 from .inputs import number, whole
 
-
 SIGMA_TIP = "First noise level: 80 for text to video, 200 for image to video."
 
 

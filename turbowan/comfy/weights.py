@@ -121,7 +121,7 @@ class Patcher(comfy.model_patcher.ModelPatcher):
         for name, module in self.model.named_modules():
             if isinstance(module, EIGHT_BITS):
                 module.addition = addition(self.patches.get(f"{name}.weight", []), module, f"{name}.weight")
-                module.weight_function = []
+                module.weight_function = []  # type: ignore[assignment]
             elif any(module.children()):  # ComfyUI passes over weights beside layers; ours are small
                 for key in (f"{name}.{own}" for own in module._parameters):
                     if key not in self.backup:
