@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from PIL import Image
 from real_server import HERE, REPOSITORY, Failed, Interrupted, Refused, Server
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ from turbowan.models.vae import LATENT_MEAN, LATENT_STD
 from turbowan.sampling import noise, rcm
 
 GOLDEN = HERE.parent / "golden"
+TINY = REPOSITORY / "turbowan" / "assets" / "tiny"
 SHAPE = (1, 16, 5, 16, 24)  # of the recorded case's latent
 CASES: list[Callable[[Server], str]] = []
 Graph = dict[str, dict]
@@ -247,6 +249,242 @@ def random_lora(net: WanTransformer, seed: int) -> tuple[dict[str, Tensor], dict
             adapter |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(4.0)}
             changes[name] = up @ down * 4 / 8
     return adapter, changes
+
+
+def image_to_video(seed: int, **changes: object) -> Graph:
+    inputs = {
+        "num_frames": 9, "num_steps": 4, "resolution": "custom", "aspect_ratio": "16:9", "boundary": 0.9,
+        "sigma_max": 200.0, "seed": seed, "use_ode": False, "width": 128, "height": 96, **changes,
+    }  # fmt: skip
+    return {
+        "high": node("TurboWanModelLoader", model_name="tiny-i2v-high", attention_type="sla", sla_topk=0.7),
+        "low": node("TurboWanModelLoader", model_name="tiny-i2v-low", attention_type="sla", sla_topk=0.7),
+        "clip": node("TurboWanTextEncoderLoader", text_encoder="tiny"),
+        "text": node("CLIPTextEncode", clip=["clip", 0], text="the red circle moves right"),
+        "vae": node("TurboWanVAELoader", vae_name="tiny"),
+        "image": node("LoadImage", image="start.png"),
+        "sample": node(
+            "TurboDiffusionI2VSampler", high_noise_model=["high", 0], low_noise_model=["low", 0],
+            conditioning=["text", 0], vae=["vae", 0], image=["image", 0], **inputs,
+        ),
+        "save": node("TurboDiffusionSaveVideo", frames=["sample", 0], filename_prefix="i2v", fps=16, format="webm"),
+    }  # fmt: skip
+
+
+def start_picture(server: Server, width: int = 128, height: int = 96) -> np.ndarray:
+    """A red disc on blue in the input folder, as start.png."""
+    y, x = np.mgrid[:height, :width]
+    disc = (x - width / 3) ** 2 + (y - height / 2) ** 2 < (height / 5) ** 2
+    picture = np.where(disc[..., None], (220, 30, 30), (30, 40, 220)).astype(np.uint8)
+    Image.fromarray(picture).save(server.base / "input" / "start.png")
+    return picture
+
+
+def shown(outputs: dict, server: Server, key: str = "save") -> np.ndarray:
+    return read_frames(server.file(outputs[key]["images"][0]))
+
+
+@case
+def image_to_video_keeps_the_first_frame(server: Server) -> str:
+    picture = start_picture(server)
+    frames = shown(server.run(image_to_video(fresh_seed())), server)
+    assert frames.shape == (9, 96, 128, 3), frames.shape
+    error = np.abs(frames[0].astype(float) - picture).mean()
+    assert error < 12, f"first frame is {error:.1f} of 255 away from the picture"
+    return f"first frame {error:.1f} of 255 away"
+
+
+@case
+def all_image_to_video_nodes_agree(server: Server) -> str:
+    """The same seed, picture and prompt through the all-in-one node, through prepare + dual sampler, and through the
+    video sampler give the same frames."""
+    start_picture(server)
+    seed, steps = fresh_seed(), 2
+    loaders = {key: node("TurboWanModelLoader", model_name=f"tiny-i2v-{key}", sla_topk=0.7) for key in ("high", "low")}
+    common = {"num_steps": steps, "boundary": 0.9, "seed": seed, "use_ode": True, "sigma_max": 200.0}
+    size = {"width": 128, "height": 96, "num_frames": 9}
+    prompt = "the red circle moves right"
+    image, vae = node("LoadImage", image="start.png"), node("TurboWanVAELoader", vae_name="tiny")
+    whole = {
+        "image": image,
+        "frames": node(
+            "TurboDiffusionI2V", high_noise_model="tiny-i2v-high", low_noise_model="tiny-i2v-low", vae="tiny",
+            text_encoder="tiny", start_image=["image", 0], prompt=prompt, negative_prompt="", attention_type="sla",
+            sla_topk=0.7, **common, **size,
+        ),
+    }  # fmt: skip
+    parts = {
+        "image": image, "vae": vae, **loaders,
+        "told": node(
+            "TurboWanI2VPrepare", text_encoder="tiny", vae_path="tiny", start_image=["image", 0],
+            positive_prompt=prompt, negative_prompt="", **size,
+        ),
+        "latent": node(
+            "TurboWanDualExpertSampler", high_noise_model=["high", 0], low_noise_model=["low", 0],
+            latent=["told", 1], conditioning=["told", 0], **common,
+        ),
+        "frames": node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
+    }  # fmt: skip
+    pair = {
+        "image": image, "vae": vae,
+        "pair": node("WanVideoLoader", model_name="tiny-i2v-high", low_noise_model_name="tiny-i2v-low", sla_topk=0.7),
+        "clip": node("TurboWanTextEncoderLoader", text_encoder="tiny"),
+        "text": node("CLIPTextEncode", clip=["clip", 0], text=prompt),
+        "latent": node(
+            "WanVideoSampler", model=["pair", 0], positive=["text", 0], vae=["vae", 0], image=["image", 0],
+            **common, **size,
+        ),
+        "frames": node("VAEDecodeTiled", samples=["latent", 0], vae=["vae", 0], tile_size=512, overlap=64,
+                       temporal_size=64, temporal_overlap=8),
+    }  # fmt: skip
+    save = node("TurboDiffusionSaveVideo", frames=["frames", 0], filename_prefix="same", fps=16, format="mp4")
+    first, *others = (shown(server.run({**graph, "save": save}), server) for graph in (whole, parts, pair))
+    worst = max(float(np.abs(first.astype(float) - other).mean()) for other in others)
+    assert worst < 0.5, f"{worst:.2f} of 255 apart (seed {seed})"
+    return f"at most {worst:.3f} of 255 apart"
+
+
+@case
+def core_nodes_take_our_types(server: Server) -> str:
+    """KSampler with guidance on the undistilled model, KSamplerAdvanced over two experts, patches and wrappers."""
+    start_picture(server)
+    graph = text_to_video(fresh_seed())
+    graph["model"] = node("TurboWanModelLoader", model_name="tiny-base", attention_type="original")
+    graph["shift"] = node("ModelSamplingSD3", model=["model", 0], shift=8.0)
+    graph["cached"] = node(
+        "EasyCache", model=["shift", 0], reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False
+    )
+    graph["avoid"] = node("CLIPTextEncode", clip=["clip", 0], text="")
+    graph["sample"] = node(
+        "KSampler", model=["cached", 0], seed=fresh_seed(), steps=8, cfg=3.0, sampler_name="uni_pc", scheduler="simple",
+        positive=["text", 0], negative=["avoid", 0], latent_image=["empty", 0], denoise=1.0,
+    )  # fmt: skip
+    frames = shown(server.run(graph), server)
+    assert frames.shape == (9, 96, 128, 3)
+    advanced = image_to_video(0)
+    advanced["told"] = node(
+        "TurboWanSampler", positive=["text", 0], negative=["text", 0], vae=["vae", 0], start_image=["image", 0],
+        width=128, height=96, length=9, batch_size=1,
+    )  # fmt: skip
+    for key, model, latent, first, last in (("sample1", "high", ["told", 2], 0, 2), ("sample", "low", ["sample1", 0], 2, 4)):
+        advanced[f"shift-{model}"] = node("ModelSamplingSD3", model=[model, 0], shift=8.0)
+        advanced[key] = node(
+            "KSamplerAdvanced", model=[f"shift-{model}", 0], add_noise="enable" if first == 0 else "disable",
+            noise_seed=42, steps=4, cfg=1.0, sampler_name="euler", scheduler="simple", positive=["told", 0],
+            negative=["told", 1], latent_image=latent, start_at_step=first, end_at_step=last,
+            return_with_leftover_noise="enable" if first == 0 else "disable",
+        )  # fmt: skip
+    advanced["frames"] = node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
+    advanced["save"]["inputs"]["frames"] = ["frames", 0]
+    assert shown(server.run(advanced), server).shape == (9, 96, 128, 3)
+    core = {key: advanced[key] for key in ("clip", "text", "vae", "image")}
+    core["told"] = node(
+        "WanImageToVideo", positive=["text", 0], negative=["text", 0], vae=["vae", 0], start_image=["image", 0],
+        width=128, height=96, length=9, batch_size=1,
+    )  # fmt: skip
+    core |= {key: image_to_video(0)[key] for key in ("high", "low")}
+    core["latent"] = node(
+        "TurboWanDualExpertSampler", high_noise_model=["high", 0], low_noise_model=["low", 0], latent=["told", 2],
+        conditioning=["told", 0], num_steps=1, boundary=0.9, seed=1, use_ode=True, sigma_max=200.0,
+    )  # fmt: skip
+    core["frames"] = node("VAEDecode", samples=["latent", 0], vae=["vae", 0])
+    core["save"] = node("TurboDiffusionSaveVideo", frames=["frames", 0], filename_prefix="core", fps=8, format="gif")
+    assert server.run(core)["save"]["images"]
+    return "KSampler, KSamplerAdvanced, ModelSamplingSD3, EasyCache, WanImageToVideo"
+
+
+@case
+def an_interrupt_stops_within_a_block(server: Server) -> str:
+    graph = text_to_video(fresh_seed())
+    graph["empty"] = node("EmptyHunyuanLatentVideo", width=384, height=256, length=33, batch_size=1)
+    graph["grid"] = node("TurboWanSigmas", num_steps=1, sigma_max=80.0, boundary=0.9)
+    graph["sample"]["inputs"]["latent_image"] = ["empty", 0]
+    keep = {**{k: v for k, v in graph.items() if k not in ("frames", "save")}}
+    keep["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix="latents/kept")
+    started = time.monotonic()
+    server.run(keep)
+    step = time.monotonic() - started
+    keep["sample"] = {**keep["sample"], "inputs": {**keep["sample"]["inputs"], "noise_seed": fresh_seed()}}
+    prompt = server.submit(keep)
+    time.sleep(step / 3)
+    asked = time.monotonic()
+    server.post("/interrupt", {})
+    try:
+        server.wait(prompt)
+        raise AssertionError("it ran to its end")
+    except Interrupted:
+        took = time.monotonic() - asked
+    assert took < step / 3, f"stopped after {took:.2f} s of a step of {step:.2f} s in 6 blocks"
+    server.run(text_to_video(fresh_seed()))
+    return f"a step of {step:.1f} s in 6 blocks stopped after {took:.2f} s; the next prompt ran"
+
+
+@case
+def twenty_prompts_leave_memory_flat(server: Server) -> str:
+    sizes = []
+    for i in range(20):
+        server.run(text_to_video(fresh_seed(), f"a {'red' if i % 2 else 'green'} square moves up on a white background"))
+        sizes.append(server.memory())
+    growth = (sizes[-1] - sizes[7]) / 2**20
+    assert growth < 40, f"{growth:.0f} MiB more after 20 prompts than after 8: {[s >> 20 for s in sizes]}"
+    return f"{growth:+.0f} MiB from the 8th to the 20th, {sizes[-1] / 2**30:.2f} GiB"
+
+
+@case
+def bad_input_is_refused_by_name(server: Server) -> str:
+    start_picture(server)
+    before = {path for path in server.base.rglob("*") if path.is_file()}
+    video, picture = text_to_video(1), image_to_video(1)
+    prepared = {
+        "image": picture["image"],
+        "told": node(
+            "TurboWanI2VPrepare", text_encoder="tiny", vae_path="tiny", start_image=["image", 0], positive_prompt="  ",
+            negative_prompt="", width=128, height=96, num_frames=9,
+        ),
+        "frames": node("PreviewAny", source=["told", 0]),
+    }  # fmt: skip
+    (server.models("diffusion_models") / "a_vae.safetensors").symlink_to(TINY / "vae.safetensors")
+
+    def changed(graph: Graph, key: str, **inputs: object) -> Graph:
+        return {**graph, key: {**graph[key], "inputs": {**graph[key]["inputs"], **inputs}}}
+
+    wrong: list[tuple[str, Graph, tuple[str, ...]]] = [
+        ("a missing file", changed(video, "model", model_name="none.pth"), ("model_name", "none.pth")),
+        ("a missing VAE", changed(video, "vae", vae_name="none.pth"), ("vae_name", "none.pth")),
+        ("a VAE as model", changed(video, "model", model_name="a_vae.safetensors"), ("model_name", "VAE")),
+        ("SLA on a dense file", changed(video, "model", model_name="tiny-base"), ("model_name", "SLA")),
+        ("interchanged experts", changed(picture, "sample", high_noise_model=["low", 0], low_noise_model=["high", 0]),
+         ("high_noise_model", "interchanged")),
+        ("a text-to-video expert", changed(picture, "high", model_name="tiny"), ("high_noise_model", "36", "16")),
+        ("text of another width", changed(picture, "text", text="x") | {
+            "text": node("ProbeConditioning", file="t2v-tiny.io.safetensors", key="context")},
+         ("conditioning", "96", "128")),
+        ("an empty prompt", prepared, ("positive_prompt", "empty")),
+        ("a size off the grid", changed(prepared, "told", positive_prompt="x", width=130), ("width", "130", "128")),
+        ("a path out of the folder", changed(video, "save", filename_prefix="../x"), ("filename_prefix", "../x")),
+        ("an absolute path", changed(video, "save", filename_prefix="/tmp/x"), ("filename_prefix", "/tmp/x")),
+    ]  # fmt: skip
+    for what, graph, words in wrong:
+        try:
+            server.run(graph)
+        except (Failed, Refused) as error:
+            missing = [word for word in words if word not in str(error)]
+            assert not missing, f"{what}: {missing} not in: {error}"
+            print(f"    {what}: {str(error)[:170]}")
+        else:
+            raise AssertionError(f"{what} was taken")
+        server.get("/system_stats")
+    rounded = shown(server.run(changed(picture, "sample", num_frames=11, num_steps=1)), server)
+    assert len(rounded) == 9, len(rounded)
+    start_picture(server, 131, 77)
+    assert shown(server.run(changed(picture, "sample", num_steps=1, seed=5)), server).shape == (9, 96, 128, 3)
+    (server.models("diffusion_models") / "sub").mkdir(exist_ok=True)
+    (server.models("diffusion_models") / "sub" / "t2v.safetensors").symlink_to(TINY / "transformer.safetensors")
+    server.run(changed(changed(video, "model", model_name="sub\\t2v.safetensors"), "save", filename_prefix="a\\b"))
+    new = {path for path in server.base.rglob("*") if path.is_file()} - before
+    stray = [path for path in new if not path.is_relative_to(server.base / "output") and path.suffix in (".mp4", ".webm")]
+    assert not stray, stray
+    return f"{len(wrong)} refusals; odd sizes, 4n+3 frames and foreign separators taken"
 
 
 def fresh_seed() -> int:

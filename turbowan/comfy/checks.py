@@ -38,7 +38,7 @@ def check_model(model: Any, label: str, text: Any, channels: int | None, text_la
     if width != wanted:
         raise RequestError(
             f"{text_label}: the text has width {width}, but {label} takes {wanted}"
-            " (of which CLIPLoader needs the type 'wan')"
+            "; load the text encoder made for it (in CLIPLoader with the type 'wan')"
         )
 
 

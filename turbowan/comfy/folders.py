@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 
@@ -80,6 +81,15 @@ def find(name: str, kinds: Sequence[str], label: str) -> Path:
         f"{label}: '{name}' is not among the {len(known)} files of models/{kinds[0]}"
         f" ({', '.join(known[:4])}{' …' if len(known) > 4 else ''})"
     )
+
+
+@contextmanager
+def naming(label: str) -> Iterator[None]:
+    """Put the input's name before what is wrong with its file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: {error}") from error
 
 
 def _plain(name: str) -> str:

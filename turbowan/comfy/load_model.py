@@ -126,4 +126,5 @@ def load(name: str, label: str, attention: str, sla_topk: float, offload_mode: s
     path = folders.find(name, (folders.TRANSFORMERS,), label)
     from .model import load_model
 
-    return load_model(path, attention, sla_topk, offload_mode)
+    with folders.naming(label):
+        return load_model(path, attention, sla_topk, offload_mode)

@@ -37,4 +37,5 @@ def load(name: str, label: str) -> Any:
     path = folders.find(name, (folders.TEXT_ENCODERS,), label)
     from .clip import load_clip
 
-    return load_clip(path)
+    with folders.naming(label):
+        return load_clip(path)

@@ -37,4 +37,5 @@ def load(name: str, label: str) -> Any:
     path = folders.find(name, KINDS, label)
     from .vae import VAE
 
-    return VAE(path)
+    with folders.naming(label):
+        return VAE(path)
