@@ -84,7 +84,8 @@ class Server:
             return json.load(answer)
 
     def post(self, path: str, body: dict) -> Any:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), kind)
         try:
             with self._opener.open(request, timeout=60) as answer:
                 text = answer.read()
@@ -110,7 +111,8 @@ class Server:
             raise TimeoutError(f"no end after {timeout:g} s")
         for kind, details in record["status"]["messages"]:
             if kind == "execution_error":
-                raise Failed(f"{details['node_type']}: {details['exception_type']}: {details['exception_message'].strip()}")
+                what = details["exception_message"].strip()
+                raise Failed(f"{details['node_type']}: {details['exception_type']}: {what}")
             if kind == "execution_interrupted":
                 raise Interrupted(prompt_id)
         assert record["status"]["status_str"] == "success", record["status"]
@@ -122,7 +124,8 @@ class Server:
     def file(self, entry: dict[str, str]) -> Path:
         """Where an output that a node shows lies; it must be inside the output folder, as `/view` would find it."""
         path = self.base / entry["type"] / entry["subfolder"] / entry["filename"]
-        assert path.resolve().is_relative_to(self.base.resolve()) and path.exists(), path
+        assert path.resolve().is_relative_to(self.base.resolve()), path
+        assert path.exists(), path
         return path
 
     def memory(self) -> int:

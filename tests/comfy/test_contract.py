@@ -55,7 +55,7 @@ def test_a_node_says_what_it_does_and_its_python_defaults_are_the_widgets(key: s
     assert NODE_DISPLAY_NAME_MAPPINGS[key]
     declared = node.INPUT_TYPES()
     parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
-    for name, (kind, options) in declared.get("optional", {}).items():
+    for name, (_, options) in declared.get("optional", {}).items():
         default = parameters[name].default
         from_environment = default is None and "default" in options
         assert from_environment or default == options.get("default"), (name, default)

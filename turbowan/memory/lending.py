@@ -57,6 +57,9 @@ class Lender:
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._before is not None:
                 self._before()
+            if i == 0:  # a pass that Python itself broke off left them
+                for unit in list(self._owned):
+                    self._give_back(unit)
             device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             self._lend(i, device)
 
@@ -65,12 +68,15 @@ class Lender:
     def _leave_hook(self, i: int) -> Any:
         @torch.compiler.disable
         def leave(*_: Any) -> None:
-            for module, name, weight in self._owned.pop(i, []):
-                module._parameters[name] = weight  # type: ignore[assignment]
+            self._give_back(i)
             if i == 0:  # the pass is over, or broken off
                 self._ready.clear()
 
         return leave
+
+    def _give_back(self, i: int) -> None:
+        for module, name, weight in self._owned.pop(i, []):
+            module._parameters[name] = weight  # type: ignore[assignment]
 
     def _lend(self, i: int, device: torch.device) -> None:
         copies = self._ready.pop(i, None) or self._copies(i, device)
