@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -36,10 +37,11 @@ class Server:
 
     Args:
         comfy: ComfyUI's folder. python: the interpreter that has its packages. flags: further ones.
+        installed: by `turbowan comfy install`, not as a clone.
     """
 
-    def __init__(self, comfy: Path, python: Path, flags: tuple[str, ...] = ()) -> None:
-        self.comfy, self.python, self.flags = comfy, python, flags
+    def __init__(self, comfy: Path, python: Path, flags: tuple[str, ...] = (), installed: bool = False) -> None:
+        self.comfy, self.python, self.flags, self.installed = comfy, python, flags, installed
         self.base = Path(tempfile.mkdtemp(prefix="turbowan-comfy-"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -50,13 +52,19 @@ class Server:
         nodes = self.base / "custom_nodes"
         for folder in (nodes, self.base / "input", self.base / "output"):
             folder.mkdir(parents=True)
-        (nodes / "turbowan-clone").symlink_to(REPOSITORY)
+        environment = os.environ.copy()
+        if self.installed:
+            environment["PYTHONPATH"] = str(REPOSITORY)
+            install = [self.python, "-m", "turbowan", "comfy", "install", self.base]
+            subprocess.run(list(map(str, install)), env=environment, check=True, stdout=subprocess.DEVNULL)
+        else:
+            (nodes / "turbowan-clone").symlink_to(REPOSITORY)
         shutil.copy(HERE / "probe_nodes.py", nodes / "probe_nodes.py")
         self.log = self.base / "server.log"
         command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         command += ["--base-directory", self.base, *FLAGS, *self.flags]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log)
+            self.process = subprocess.Popen(list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment)
         end = time.monotonic() + 120
         while time.monotonic() < end and self.process.poll() is None:
             try:

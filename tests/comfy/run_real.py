@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -237,6 +238,43 @@ def core_nodes_take_our_types(server: Server) -> str:
     core["save"] = node("TurboDiffusionSaveVideo", frames=["frames", 0], filename_prefix="core", fps=8, format="gif")
     assert server.run(core)["save"]["images"]
     return "KSampler, KSamplerAdvanced, ModelSamplingSD3, EasyCache, WanImageToVideo"
+
+
+@case
+def installed_by_the_command_the_nodes_are_the_same(server: Server) -> str:
+    with Server(server.comfy, server.python, installed=True) as other:
+        contract(other)
+        module = other.get("/object_info/TurboWanSigmas")["TurboWanSigmas"]["python_module"]
+        shown(other.run(text_to_video(fresh_seed())), other)
+    return module
+
+
+@case
+def memory_manager_sees_all_weights(server: Server) -> str:
+    """8-bit layers and LoRAs on them, whole, in part and streamed: the same results, nothing hidden from ComfyUI."""
+    lines = []
+    for file in ("t2v-tiny.pth", "t2v-tiny-quant.pth"):
+        adapter, _ = random_lora(load_transformer(golden_file(file)), fresh_seed())
+        lora = server.base / "lora.safetensors"
+        save_file(adapter, lora)
+        command = [server.python, HERE / "partial_load.py", server.comfy, golden_file(file), lora]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"    {file}: {found}")
+        assert abs(found["size"] / found["bytes"] - 1) < 0.01, "ComfyUI counts other bytes than there are"
+        assert found["buffers"] == 0, "weights in buffers are not counted as layers"
+        assert found["left_behind"] > 0.3 * found["size"], "nothing stays on the host when asked to"
+        assert found["cast"] > 10, "no layer is lent"
+        assert found["lora"] > 0.01, "the LoRA changes nothing"
+        assert found["freed"] > 0.5 * found["size"], "little was freed"
+        for name in ("in_part", "lora_in_part", "lora_after_unload", "after", "layerwise"):
+            assert found[name] < 1e-5, f"{name}: {found[name]:.1e} apart"
+        assert found["layerwise_loaded"] < 0.1 * found["size"], "layerwise_gpu loads the model"
+        assert found["layerwise_clone"], "a clone forgets that it is layerwise_gpu"
+        assert found["shared"], "two loaders of one file hold two copies"
+        lines.append(f"{found['size'] / 2**20:.1f} MiB")
+    return f"plain {lines[0]}, int8 {lines[1]}, all counted"
 
 
 @case
