@@ -267,7 +267,7 @@ def memory_manager_sees_all_weights(server: Server) -> str:
         assert found["left_behind"] > 0.3 * found["size"], "nothing stays on the host when asked to"
         assert found["cast"] > 10, "no layer is lent"
         assert found["lora"] > 0.01, "the LoRA changes nothing"
-        assert found["freed"] > 0.5 * found["size"], "little was freed"
+        assert found["freed"] > 0.4 * found["size"], "little was freed"
         for name in ("in_part", "lora_in_part", "lora_after_unload", "after", "layerwise"):
             assert found[name] < 1e-5, f"{name}: {found[name]:.1e} apart"
         assert found["layerwise_loaded"] < 0.1 * found["size"], "layerwise_gpu loads the model"
