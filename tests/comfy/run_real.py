@@ -241,6 +241,20 @@ def core_nodes_take_our_types(server: Server) -> str:
 
 
 @case
+def other_nodes_may_replace_blocks(server: Server) -> str:
+    plain = recorded(fresh_seed(), "t2v-tiny.pth", "sla", "euler", 1)
+    base = kept(server, plain)
+    results = []
+    for skip in (False, True):
+        graph = changed(plain, "sample", model=["patched", 0])
+        graph["patched"] = node("ProbeBlock", model=["model", 0], skip=skip)
+        results.append(apart(kept(server, graph), base))
+    assert results[0] < 1e-6, f"a block replaced by itself: {results[0]:.1e} apart"
+    assert results[1] > 1e-3, "a block that is left out changes nothing"
+    return f"by itself {results[0]:.0e} apart, left out {results[1]:.0e}"
+
+
+@case
 def installed_by_the_command_the_nodes_are_the_same(server: Server) -> str:
     with Server(server.comfy, server.python, installed=True) as other:
         contract(other)
