@@ -15,7 +15,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-test
-	$(BIN)/ruff check turbowan tests
+	$(BIN)/ruff check turbowan tests __init__.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -24,7 +24,7 @@ from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
 from .ops import FormatChoice, choose_format, compute_dtype
 from .request import GenerateRequest
-from .sampling import flow, rcm
+from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
 from .settings import Settings
 
@@ -213,9 +213,8 @@ class Run:
 
     def _noises(self, shape: Sequence[int], count: int) -> list[Tensor]:
         """Standard normal tensors, one draw each from one generator, on the engine's device."""
-        device = self.settings.noise_device
-        generator = torch.Generator(device).manual_seed(self.settings.seed)
-        return [torch.randn(shape, generator=generator, device=device).to(self.device) for _ in range(count)]
+        drawn = noise.draw(shape, count, self.settings.seed, self.settings.noise_device)
+        return [each.to(self.device) for each in drawn]
 
     def _velocity_function(self, condition: Condition) -> rcm.VelocityFunction:
         """The model as samplers see it, with each sampler's own rounding of what the network gets."""
@@ -225,8 +224,8 @@ class Run:
             net = self._transformer(t)
             timestep = torch.tensor(t, dtype=torch.float32) * 1000
             latent = latent.float()
-            if settings.sampler == "rcm":  # as TurboDiffusion's code
-                latent, timestep = latent.to(torch.bfloat16).float(), timestep.to(torch.bfloat16).float()
+            if settings.sampler == "rcm":
+                latent, timestep = rcm.round_inputs(latent, timestep)
             elif settings.sampler == "unipc":  # Wan's scheduler has whole timesteps
                 timestep = timestep.trunc()
             times = timestep.to(self.device).expand(latent.shape[0])

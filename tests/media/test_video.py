@@ -97,6 +97,13 @@ def test_colours_are_tagged_and_right(tmp_path: Path, suffix: str) -> None:
     assert np.abs(seen - colours).max() <= 4
 
 
+@pytest.mark.parametrize(("loop", "times"), [(True, 0), (False, None)])
+def test_a_gif_plays_again_or_once(tmp_path: Path, loop: bool, times: int | None) -> None:
+    with Image.open(write_video(tmp_path / "g.gif", clip(5), 10, loop=loop, optimize=True)) as picture:
+        assert picture.info.get("loop") == times
+        assert picture.n_frames == 5
+
+
 def test_quality_follows_crf(tmp_path: Path) -> None:
     video = clip(9)[..., :1].repeat(3, axis=3)  # grey loses nothing to 4:2:0
     sizes = [write_video(tmp_path / f"{crf}.mp4", video, 16, crf=crf).stat().st_size for crf in (5, 18, 40)]

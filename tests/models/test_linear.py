@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from turbowan import ops
-from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
+from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear, format_of
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -34,6 +34,18 @@ def test_stands_in_for_a_linear_layer(kind, shape, dtype, relative_error):
     assert out.shape == (*shape, 90)
     assert out.dtype == dtype
     assert 1e-4 < relative_error(out, layer(x.float())) < 0.06
+
+
+@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, Fp8Linear])
+def test_an_addition_is_added_exactly_and_asks_for_numbers(kind, relative_error):
+    layer, x = nn.Linear(200, 90).requires_grad_(False), torch.randn(2, 5, 200)
+    small, change = quantised(kind, layer), 0.1 * torch.randn(90, 200)
+    plain, before = small(x), format_of(small)
+    small.addition = lambda given: given @ change.T
+    assert format_of(small) == "bf16"
+    assert relative_error(small(x) - plain, x @ change.T) < 1e-4
+    small.addition = None
+    assert format_of(small) == before
 
 
 @pytest.mark.parametrize("rows", [1, 100, 128, 300])

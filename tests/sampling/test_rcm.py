@@ -143,3 +143,25 @@ def test_recorded_run(golden, recorded, relative_error):
     for x, reference in zip(ours, expected, strict=True):
         assert relative_error(x, reference) <= 0.012
     assert relative_error(final, expected[-1]) <= 0.012
+
+
+@pytest.mark.parametrize("ode", [False, True])
+def test_a_run_in_two_parts_is_the_run(ode, fresh_seed):
+    """As two experts take it: the second part starts from the latent that the first one came to."""
+    times, noises = rcm.timesteps(4, 200.0), [torch.randn(2, 3) for _ in range(4)]
+    reached = []
+
+    def velocity(x, t, step):
+        return x.sin() * t
+
+    whole = rcm.sample(velocity, noises, times, ode)
+    rcm.sample(velocity, noises, times[:3], ode, on_step=lambda i, x, t: reached.append(x))
+    assert torch.equal(rcm.sample(velocity, noises[2:], times[2:], ode, start=reached[-1]), whole)
+
+
+def test_inputs_are_rounded_to_bf16_and_stay_float32(fresh_seed):
+    latent, timestep = torch.randn(50, dtype=torch.float64), torch.rand(50) * 1000
+    for given, rounded in zip((latent, timestep), rcm.round_inputs(latent, timestep), strict=True):
+        assert rounded.dtype == torch.float32
+        assert torch.equal(rounded, given.float().bfloat16().float())
+        assert not torch.equal(rounded, given.float())

@@ -8,6 +8,7 @@ import typer
 
 from ..terminal import exit_codes
 from .bench import app as bench_app
+from .comfy import app as comfy_app
 from .convert import convert
 from .doctor import doctor
 from .download import download
@@ -30,6 +31,7 @@ app.command()(doctor)
 app.command()(download)
 app.command()(quantize)
 app.add_typer(bench_app, name="bench")
+app.add_typer(comfy_app, name="comfy")
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 

@@ -119,6 +119,8 @@ def write_video(
     metadata: Mapping[str, str] | None = None,
     crf: int | None = None,
     kind: str | None = None,
+    loop: bool = True,
+    optimize: bool = False,
 ) -> Path:
     """Write one video.
 
@@ -130,6 +132,7 @@ def write_video(
         metadata: kept in the container's comment (mp4, webm, gif) or in each picture's text (png).
         crf: quality of mp4 and webm, lower is better; 18 and 31 by default.
         kind: the suffix of the format to write, whatever `path` ends in; also ".jpg", for a single frame.
+        loop: whether a gif plays again and again. optimize: take longer for a smaller gif.
 
     Returns:
         What was written: `path`, or the folder of pictures.
@@ -147,7 +150,7 @@ def write_video(
         if suffix == ".jpg":
             Image.fromarray(frames[0]).save(partial, quality=JPEG_QUALITY)
         elif suffix == ".gif":
-            _write_gif(partial, frames, fps, metadata)
+            _write_gif(partial, frames, fps, metadata, loop, optimize)
         else:
             _write_container(partial, frames, fps, metadata, CRF[suffix] if crf is None else crf)
         partial.replace(path)
@@ -181,14 +184,17 @@ def _write_container(path: Path, frames: np.ndarray, fps: int, metadata: Mapping
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: int, metadata: Mapping[str, str]) -> None:
+def _write_gif(
+    path: Path, frames: np.ndarray, fps: int, metadata: Mapping[str, str], loop: bool, optimize: bool
+) -> None:
     """A gif counts in hundredths of a second: rounded so that the whole keeps its length. Equal frames become one."""
     pictures = [Image.fromarray(frame) for frame in frames]
     ends = [round(100 * i / fps) for i in range(len(frames) + 1)]
     durations = [10 * (end - start) for start, end in pairwise(ends)]
+    repeat: dict[str, Any] = {"loop": 0} if loop else {}
     pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=durations, loop=0,
-        comment=json.dumps(dict(metadata)).encode(),
+        path, save_all=True, append_images=pictures[1:], duration=durations, optimize=optimize,
+        comment=json.dumps(dict(metadata)).encode(), **repeat,
     )  # fmt: skip
 
 

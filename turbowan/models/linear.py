@@ -7,6 +7,7 @@ activation) rounds them on the way, once for all layers that read them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
 from ..ops.rows import quantize_rows, sample_rows
+
+Addition = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def hidden_rows(layer: nn.Module, rows: Rows, dtype: torch.dtype, format: str) -
 
 def format_of(*layers: nn.Module) -> str:
     """What all these layers read; "bf16", numbers as they are, where they differ: each then rounds on its own."""
-    formats = {getattr(layer, "format", "bf16") for layer in layers}
+    formats = {getattr(layer, "reads", "bf16") for layer in layers}
     return formats.pop() if len(formats) == 1 else "bf16"
 
 
@@ -88,14 +91,25 @@ def _is_plain(layer: nn.Module, rows: Rows) -> TypeGuard[nn.Linear]:
     return not changed and layer.weight.dtype == rows.values.dtype
 
 
+def _added(out: Tensor, x: Tensor, addition: Addition | None) -> Tensor:
+    return out if addition is None else out + addition(x).to(out.dtype)
+
+
 class EightBitLinear(nn.Module, ABC):
     """W8A8: reads rows of its `format`, or rounds what it gets to it.
 
-    Subclasses name the format, the buffers and the product.
+    Subclasses name the format, the buffers and the product. addition: [..., K] -> [..., N], what an adapter adds to the
+    result; a layer that has one wants the numbers themselves, for the adapter.
     """
 
     format: str
     bias: Tensor
+    addition: Addition | None = None
+
+    @property
+    def reads(self) -> str:
+        """What whatever comes before this layer should hand it."""
+        return self.format if self.addition is None else "bf16"
 
     @abstractmethod
     def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -103,7 +117,7 @@ class EightBitLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, K] -> [B, L, N] in x's dtype."""
-        return project(self, read_rows(x, self.format), x.dtype)
+        return _added(project(self, read_rows(x, self.format), x.dtype), x, self.addition)
 
 
 class Int8BlockLinear(EightBitLinear):
@@ -161,6 +175,7 @@ class Fp8Linear(nn.Module):
     weight: Tensor
     scale_weight: Tensor
     bias: Tensor | None
+    addition: Addition | None = None
 
     def __init__(
         self,
@@ -177,4 +192,4 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return ops.linear_fp8_scaled(x, self.weight, self.scale_weight, self.bias)
+        return _added(ops.linear_fp8_scaled(x, self.weight, self.scale_weight, self.bias), x, self.addition)

@@ -319,14 +319,17 @@ class WanTransformer(nn.Module):
         x = self.patch_embedding(patchify(x).to(self.dtype))
         time = self._embed_time(timestep)
         modulation = _linear_float32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
-        rotation = self._rotation(grid, x.device)
+        x = self._run_blocks(x, modulation, self._rotation(grid, x.device), context)
+        return unpatchify(self.head(x, time), grid)
+
+    def _run_blocks(
+        self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], context: Context
+    ) -> Tensor:
         change: Change | None = None
         for i, block in enumerate(self.blocks):
             told = None if context.blocks is None else context.blocks[i]
             x, change = block(x, change, modulation, rotation, context, told, self.attention, self.norms)
-        if change is not None:
-            x = x + change[0] * change[1].to(x.dtype)
-        return unpatchify(self.head(x, time), grid)
+        return x if change is None else x + change[0] * change[1].to(x.dtype)
 
     def tell(self, text: Tensor, image_tokens: Tensor | None = None, text_rows: int | None = None) -> Context:
         """Text and image tokens, as `forward` takes them, turned once into every block's keys and values."""

@@ -42,12 +42,19 @@ def timesteps(num_steps: int, sigma_max: float) -> Tensor:
     return angles.sin() / (angles.cos() + angles.sin())
 
 
+def round_inputs(latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent and timestep (0..1000, a float32 product) as the network gets them: float32 with the values of bf16, as in
+    the official code, whatever the network computes in."""
+    return latent.float().to(torch.bfloat16).float(), timestep.to(torch.bfloat16).float()
+
+
 def sample(
     velocity_fn: VelocityFunction,
     noises: Sequence[Tensor],
     timesteps: Tensor,
     ode: bool = False,
     on_step: StepCallback | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Run the sampler.
 
@@ -59,6 +66,7 @@ def sample(
         timesteps: float64 [N + 1], falling to 0.
         ode: the deterministic update instead of fresh noise.
         on_step: called after each step with (step, latent, the time reached).
+        start: the latent at timesteps[0], where earlier steps have been taken already; noises[0] is then not used.
 
     Returns:
         float32, the shape of noises[0].
@@ -70,7 +78,7 @@ def sample(
     steps = len(times) - 1
     if len(noises) < (1 if ode else steps):
         raise RequestError(f"{steps} SDE steps need at least {steps} noise tensors, got {len(noises)}")
-    x = noises[0].double() * times[0]
+    x = noises[0].double() * times[0] if start is None else start.double()
     for i, (t, t_next) in enumerate(pairwise(times)):
         velocity = velocity_fn(x, t, i).double()
         if ode:

@@ -1,0 +1,88 @@
+"""Inside ComfyUI's Python: `partial_load.py COMFY MODEL LORA` loads a MODEL whole, in part and not at all, and prints
+as JSON what its memory manager saw and how far apart the results are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from weakref import ref
+
+comfy_folder, path, lora_path = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path[:0] = [comfy_folder, str(Path(__file__).parent.parent.parent)]
+
+from comfy.cli_args import args
+
+args.cpu = True
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+
+from turbowan.comfy.model import load_model
+from turbowan.models.pack import full_weight
+
+CPU = torch.device("cpu")
+torch.manual_seed(torch.seed())
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@torch.inference_mode()
+def main() -> dict[str, object]:
+    model = load_model(Path(path), "original", 0.1, "comfy_native")
+    net = model.model.diffusion_model
+    config = net.config
+    given = (
+        torch.randn(1, config.in_dim, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 20, config.text_dim),
+    )  # fmt: skip
+
+    def whole(patcher: object) -> torch.Tensor:
+        patcher.detach()
+        comfy.model_management.load_models_gpu([patcher])
+        return net(*given)
+
+    def in_part(patcher: object, memory: float) -> torch.Tensor:
+        patcher.detach()
+        patcher.load(CPU, lowvram_model_memory=memory)
+        return net(*given)
+
+    found: dict[str, object] = {
+        "size": model.model_size(),
+        "bytes": sum(t.nbytes for t in (*net.parameters(), *net.buffers())),
+        "buffers": sum(1 for _ in net.buffers()),
+    }
+    base = whole(model)
+    found["in_part"] = apart(in_part(model, model.model_size() / 2), base)
+    found["left_behind"] = model.model_size() - model.loaded_size()
+    found["cast"] = sum(bool(getattr(m, "comfy_cast_weights", False)) for m in net.modules())
+    patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora_path), 0.7, 0)
+    with_lora = whole(patched)
+    found["lora"] = apart(with_lora, base)
+    found["lora_in_part"] = max(apart(in_part(patched, memory), with_lora) for memory in (1.0, model.model_size() / 2))
+    freed = patched.partially_unload(CPU, model.model_size())
+    found["lora_after_unload"] = apart(net(*given), with_lora)
+    found["freed"] = freed
+    found["after"] = apart(whole(model), base)
+    codecs = [(m.weight, m.convert_weight, m.set_weight) for m in net.modules() if hasattr(m, "convert_weight")]
+    found["codecs"] = all(torch.equal(back(to(w.float()), return_weight=True), w) for w, to, back in codecs)
+    found["converted"] = max(
+        (apart(m.convert_weight(m.weight), full_weight(m)) for m in net.modules() if hasattr(m, "convert_weight")),
+        default=0.0,
+    )
+    gone = ref(load_model(Path(path), "original", 0.1, "cpu_only").model.diffusion_model)
+    found["freed_at_once"] = gone() is None
+    kept = load_model(Path(path), "original", 0.1, "layerwise_gpu")
+    comfy.model_management.load_models_gpu([kept])
+    found["layerwise"] = apart(kept.model.diffusion_model(*given), base)
+    found["layerwise_clone"] = kept.clone().host_only
+    found["layerwise_loaded"] = kept.loaded_size()
+    found["shared"] = load_model(Path(path), "original", 0.5, "comfy_native").model is model.model
+    return found
+
+
+print(json.dumps(main()))

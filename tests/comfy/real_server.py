@@ -1,0 +1,144 @@
+"""A real ComfyUI, started in a folder of its own and driven as any client would. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+FLAGS = ("--cpu", "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb")
+
+
+class Refused(Exception):
+    """The server did not take a prompt; the text is its whole answer."""
+
+
+class Failed(Exception):
+    """A node raised; the text is 'node class: error type: message'."""
+
+
+class Interrupted(Exception):
+    """The run was interrupted."""
+
+
+class Server:
+    """Starts ComfyUI with this repository as a custom node, and stops it at the end of the `with`.
+
+    Args:
+        comfy: ComfyUI's folder. python: the interpreter that has its packages. flags: further ones.
+        installed: by `turbowan comfy install`, not as a clone.
+    """
+
+    def __init__(self, comfy: Path, python: Path, flags: tuple[str, ...] = (), installed: bool = False) -> None:
+        self.comfy, self.python, self.flags, self.installed = comfy, python, flags, installed
+        self.base = Path(tempfile.mkdtemp(prefix="turbowan-comfy-"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __enter__(self) -> Server:
+        nodes = self.base / "custom_nodes"
+        for folder in (nodes, self.base / "input", self.base / "output"):
+            folder.mkdir(parents=True)
+        environment = os.environ.copy()
+        if self.installed:
+            environment["PYTHONPATH"] = str(REPOSITORY)
+            install = [self.python, "-m", "turbowan", "comfy", "install", self.base]
+            subprocess.run(list(map(str, install)), env=environment, check=True, stdout=subprocess.DEVNULL)
+        else:
+            (nodes / "turbowan-clone").symlink_to(REPOSITORY)
+        shutil.copy(HERE / "probe_nodes.py", nodes / "probe_nodes.py")
+        self.log = self.base / "server.log"
+        command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        command += ["--base-directory", self.base, *FLAGS, *self.flags]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment
+            )
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return self
+            except OSError:
+                time.sleep(0.3)
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def models(self, kind: str) -> Path:
+        folder = self.base / "models" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def get(self, path: str) -> Any:
+        with self._opener.open(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict) -> Any:
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), kind)
+        try:
+            with self._opener.open(request, timeout=60) as answer:
+                text = answer.read()
+                return json.loads(text) if text else {}
+        except urllib.error.HTTPError as error:
+            raise Refused(error.read().decode()) from error
+
+    def submit(self, graph: dict) -> str:
+        answer = self.post("/prompt", {"prompt": graph})
+        if answer.get("node_errors"):
+            raise Refused(json.dumps(answer["node_errors"]))
+        return str(answer["prompt_id"])
+
+    def wait(self, prompt_id: str, timeout: float = 600) -> dict[str, Any]:
+        """The outputs of a prompt, by node."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            record = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if record is not None:
+                break
+            time.sleep(0.05)
+        else:
+            raise TimeoutError(f"no end after {timeout:g} s")
+        for kind, details in record["status"]["messages"]:
+            if kind == "execution_error":
+                what = details["exception_message"].strip()
+                raise Failed(f"{details['node_type']}: {details['exception_type']}: {what}")
+            if kind == "execution_interrupted":
+                raise Interrupted(prompt_id)
+        assert record["status"]["status_str"] == "success", record["status"]
+        return dict(record["outputs"])
+
+    def run(self, graph: dict, timeout: float = 600) -> dict[str, Any]:
+        return self.wait(self.submit(graph), timeout)
+
+    def file(self, entry: dict[str, str]) -> Path:
+        """Where an output that a node shows lies; it must be inside the output folder, as `/view` would find it."""
+        path = self.base / entry["type"] / entry["subfolder"] / entry["filename"]
+        assert path.resolve().is_relative_to(self.base.resolve()), path
+        assert path.exists(), path
+        return path
+
+    def memory(self) -> int:
+        """Bytes resident."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
