@@ -211,8 +211,8 @@ def forward_mode() -> bool:
 
 
 def _watched(x: torch.Tensor) -> bool:
-    """Whether PyTorch wants to see the operation as one: it compiles, a mode counts or fakes, x is no plain tensor."""
-    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    """Whether PyTorch is to see the operation as one: it compiles, a mode counts or fakes, x is no plain tensor."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
     return torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack() > 0
 
 
