@@ -42,6 +42,11 @@ def residual_inputs(*options, absent=()):
     return *(None if name in absent else x for name, x in tensors.items()), 1e-6, *options
 
 
+def causal_inputs(past):
+    x, residual = draw(2, 3, 4, 5, 12), draw(2, 2, 4, 5, 12)
+    return x, draw(12), residual, draw(12), draw(2, 2, 4, 5, 12) if past else None
+
+
 # operation -> fresh arguments of several kinds; every tensor that is float32 can be differentiated
 SAMPLES = {
     "attention": [
@@ -51,6 +56,11 @@ SAMPLES = {
         lambda: (*(x.transpose(1, 2) for x in attention_inputs(length=2, keys=2)), 1),
     ],
     "block_map": [lambda: (draw(2, 3, 150, 64), draw(2, 3, 150, 64), 0.4, 128, 64)],
+    "causal_input": [
+        lambda: (*causal_inputs(True), True, 2, 3, True),
+        lambda: (*causal_inputs(False), True, 2, 5, False),
+        lambda: (draw(2, 8, 3, 4, 5).movedim(1, -1), None, None, None, None, False, 1, 3, False),
+    ],
     "channel_norm": [
         lambda: (draw(2, 8, 3, 4, 5), draw(8, 1, 1, 1), True),
         lambda: (draw(2, 8, 4, 5).contiguous(memory_format=torch.channels_last), draw(8, 1, 1), False),
@@ -110,6 +120,10 @@ SAMPLES = {
     "sparse_linear_attention": [
         lambda: sla_inputs(0.5, 128, 64, "bf16"),
         lambda: sla_inputs(0.5, 64, 128, "int8"),
+    ],
+    "upsample": [
+        lambda: (draw(2, 3, 4, 5, 8), draw(8), draw(2, 3, 4, 5, 8), None, 1),
+        lambda: (draw(2, 3, 4, 5, 8), draw(8), None, draw(2, 1, 4, 5, 4), 2),
     ],
 }
 CASES = [pytest.param(name, make, id=f"{name}-{i}") for name, made in SAMPLES.items() for i, make in enumerate(made)]

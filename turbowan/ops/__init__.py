@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .block_map import block_map
+from .causal_input import causal_input
 from .channel_norm import channel_norm
 from .conv3d import conv3d
 from .formats import FormatChoice, choose_format, compute_dtype
@@ -23,6 +24,7 @@ from .residual_norm import residual_norm
 from .rms_norm import rms_norm
 from .rope import rope, rope_table
 from .sparse_linear_attention import sparse_linear_attention
+from .upsample import upsample
 
 __all__ = [
     "OPERATIONS",
@@ -30,6 +32,7 @@ __all__ = [
     "FormatChoice",
     "attention",
     "block_map",
+    "causal_input",
     "channel_norm",
     "choose_format",
     "compute_dtype",
@@ -56,4 +59,5 @@ __all__ = [
     "rope",
     "rope_table",
     "sparse_linear_attention",
+    "upsample",
 ]
