@@ -83,6 +83,25 @@ def transformer(
 
 
 @app.command()
+def vae(
+    resolution: Annotated[str, typer.Option(help="480p or 720p.")] = "480p",
+    num_frames: Annotated[int, typer.Option(help="4k+1.")] = 81,
+    latents: Annotated[list[int] | None, typer.Option(help="Latent frames a chunk; 3 and 5 if not given.")] = None,
+    tune: Annotated[bool | None, typer.Option(help="cuDNN's autotuning; both ways if not given.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs after two.")] = 3,
+    modules: Annotated[bool, typer.Option("--modules/--no-modules", help="The plain modules too.")] = True,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Only kernels and convolutions, one by one.")] = False,
+) -> None:
+    """Decoding and first-frame encoding on a GPU, whole and by kind of work, with random weights."""
+    from ..bench.vae import run_kernels, run_vae
+
+    tunes = (False, True) if tune is None else (tune,)
+    whole = run_vae(resolution, num_frames, latents or (3, 5), tunes, repeats, modules)
+    for record in run_kernels(resolution, repeats) if kernels else whole:
+        print(json.dumps(record), flush=True)
+
+
+@app.command()
 def compare(
     new: Annotated[list[Path], typer.Argument(help="Files of JSON lines just measured.")],
     against: Annotated[list[Path], typer.Option(help="Recorded ones, as in benchmarks/results/<gpu>.")],

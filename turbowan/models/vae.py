@@ -321,7 +321,7 @@ class WanVAE(nn.Module):
 
     def _normalise(self, encoded: Tensor) -> Tensor:
         mean, inverse_std = self._statistics()
-        return ((self.conv1(encoded, Clip())[:, :LATENT_CHANNELS] - mean) * inverse_std).float()
+        return ((self.conv1(encoded.to(self.dtype), Clip())[:, :LATENT_CHANNELS] - mean) * inverse_std).float()
 
     def encode(self, video: Tensor) -> Tensor:
         """Video to latent, streaming over chunks of four frames.
@@ -335,7 +335,11 @@ class WanVAE(nn.Module):
         Raises:
             RequestError: the frame count is not 4k+1 or the size is no multiple of 8.
         """
+        from . import vae_fused
+
         _check_video(video.shape[2], *video.shape[-2:])
+        if vae_fused.serves(video, self):
+            return self._normalise(vae_fused.encode(self.encoder, video.to(self.dtype)))
         stream = Stream()
         chunks = [video[:, :, :1], *video[:, :, 1:].split(TEMPORAL_FACTOR, dim=2)]
         encoded = [self.encoder(chunk.to(self.dtype), stream) for chunk in chunks if chunk.shape[2]]
@@ -359,10 +363,15 @@ class WanVAE(nn.Module):
             float32 [B, 16, k+1, H/8, W/8], equal to `encode` of the whole clip up to rounding.
         """
         _check_video(num_frames, *image.shape[-2:])
+        from . import vae_fused
+
         clip = Steady(num_frames)
         image = image.to(self.dtype).unsqueeze(2)
         start = torch.cat([image, torch.zeros_like(image)], dim=2)[:, :, :num_frames]
-        encoded = self.encoder(start, clip)
+        if vae_fused.serves(start, self):
+            encoded = vae_fused.encode(self.encoder, start, vae_fused.Layers(num_frames))
+        else:
+            encoded = self.encoder(start, clip)
         return self._normalise(clip.match(encoded, latent_frames(num_frames)))
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -371,8 +380,15 @@ class WanVAE(nn.Module):
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         """Yield float32 [B, 3, 1, H, W] first, then [B, 3, 4, H, W] chunks in order; together they are `decode`."""
+        from . import vae_fused
+
         mean, inverse_std = self._statistics()
         x = self.conv2(latent.to(self.dtype) / inverse_std + mean, Clip())
+        if vae_fused.serves(x, self):
+            for several in vae_fused.decode(self.decoder, x):
+                one = several.shape[2] % TEMPORAL_FACTOR  # the clip's first frame
+                yield from several.split([one] * one + [TEMPORAL_FACTOR] * (several.shape[2] // TEMPORAL_FACTOR), dim=2)
+            return
         stream = Stream()
         for frame in x.split(1, dim=2):
             yield self.decoder(frame, stream).float()

@@ -117,8 +117,7 @@ def _causal_kernel(
             added = None if residual is None else residual + i * CHUNK
             part = load_sum(x + i * CHUNK, bias, added, place, i * CHUNK + lane, there)
             if total is not None:
-                if frame == source:
-                    tl.store(total + i * CHUNK + place, part, mask=there)
+                tl.store(total + i * CHUNK + place, part, mask=there & (frame == source))  # not for repeated frames
             if gamma is None:
                 tl.store(out + i * CHUNK + place, part, mask=there)
             else:

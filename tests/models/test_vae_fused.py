@@ -1,0 +1,114 @@
+"""The VAE's layers for a GPU against the modules: in float32 by the operations' eager twins, on a GPU in bfloat16."""
+
+import pytest
+import torch
+
+from turbowan.models import vae_fused
+from turbowan.models.vae import Steady, latent_frames
+
+pytestmark = pytest.mark.usefixtures("fresh_seed")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Every VAE runs through the fused layers, several latent frames at once."""
+
+    def switch(latents_at_once=3):
+        monkeypatch.setattr(vae_fused, "serves", lambda x, coder: True)
+        monkeypatch.setattr(vae_fused, "LATENTS_AT_ONCE", latents_at_once)
+
+    return switch
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("latents", [1, 2, 5])
+def test_decodes_as_the_modules(latents, at_once, make_vae, fused, relative_error):
+    vae, latent = make_vae(), torch.randn(2, 16, latents, 3, 2)
+    expected = vae.decode(latent)
+    fused(at_once)
+    chunks = list(vae.decode_stream(latent))
+    assert [chunk.shape[2] for chunk in chunks] == [1] + [4] * (latents - 1)
+    assert {chunk.dtype for chunk in chunks} == {torch.float32}
+    assert relative_error(torch.cat(chunks, dim=2), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_encodes_as_the_modules(frames, at_once, make_vae, fused, relative_error):
+    vae, video = make_vae(), torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    expected = vae.encode(video)
+    fused(at_once)
+    assert relative_error(vae.encode(video), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17, 49, 81])
+def test_first_frame_as_the_modules(frames, make_vae, fused, relative_error):
+    """In float64 with the oldest frames weighing most, as stopping a frame early shows nowhere else."""
+    vae, image = make_vae().double(), torch.rand(2, 3, 8, 16, dtype=torch.float64) * 2 - 1
+    for layer in vae.encoder.modules():
+        if isinstance(layer, torch.nn.Conv3d) and layer.kernel_size[0] == 3:
+            layer.weight[:, :, 0] *= 8
+    start = torch.stack([image, torch.zeros_like(image)], dim=2)[:, :, :frames]
+    clip = Steady(frames)
+    expected = clip.match(vae.encoder(start, clip), latent_frames(frames))
+    ours = Steady(frames).match(vae_fused.encode(vae.encoder, start, vae_fused.Layers(frames)), latent_frames(frames))
+    assert relative_error(ours, expected) <= 1e-6
+
+
+def test_recorded_cases(golden, recorded, fused, relative_error):
+    from turbowan.checkpoints import load_vae
+
+    names = ("video", "latent", "latent_first_frame_padded", "recon")
+    video, latent, padded, recon = recorded("vae.io.safetensors", *names)
+    vae = load_vae(golden("vae.pth"))
+    fused()
+    assert relative_error(vae.encode(video), latent) <= 1e-5
+    assert relative_error(vae.encode_first_frame(video[:, :, 0], video.shape[2]), padded) <= 1e-5
+    assert relative_error(vae.decode(latent), recon) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "parts"), [(21, 5, [5, 4, 4, 4, 4]), (21, 7, [7, 7, 7]), (1, 5, [1]), (6, 5, [3, 3])]
+)
+def test_chunks_are_even(total, most, parts):
+    assert vae_fused.split_evenly(total, most) == parts
+
+
+def test_chunks_stay_below_what_32_bits_index():
+    for height, width in ((480, 832), (720, 1280), (1080, 1920)):
+        sizes = vae_fused.chunk_sizes(21, 1, height, width, 192)
+        assert sum(sizes) == 21
+        assert max(sizes) * 4 * height * width * 192 < 2**31
+    assert vae_fused.chunk_sizes(3, 9, 2160, 3840, 192) == [1, 1, 1]
+
+
+def test_serves_no_cpu_and_no_training(make_vae):
+    assert not vae_fused.serves(torch.zeros(1), make_vae())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("latents", [1, 4])
+def test_true_width_on_a_gpu(latents, make_vae, relative_error):
+    """480p in bfloat16, against the modules in float32 with the same weights; those in bfloat16 are the yardstick."""
+    vae = make_vae(96).bfloat16().float().cuda()
+    latent = torch.randn(1, 16, latents, 60, 104, device="cuda")
+    image = torch.rand(1, 3, 480, 832, device="cuda") * 2 - 1
+    frames = 4 * latents - 3
+    with torch.inference_mode():
+        video = vae.decode(latent)
+        expected = video, vae.encode_first_frame(image, frames), vae.encode(video.clamp(-1, 1))
+        vae.bfloat16()
+        assert vae_fused.serves(latent, vae)
+
+        def results():
+            return vae.decode(latent), vae.encode_first_frame(image, frames), vae.encode(video.clamp(-1, 1))
+
+        ours = results()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vae_fused, "serves", lambda x, coder: False)
+            plain = results()
+    for fused, modules, exact in zip(ours, plain, expected, strict=True):
+        error = relative_error(fused, exact)
+        assert error <= 1.05 * relative_error(modules, exact)
+        assert error <= 0.08
