@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from ..errors import RequestError
 from ..models import vae_fused
 from ..models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, WanVAE, latent_frames
-from ..ops.triton.causal_input import candidates, causal_input
-from ..ops.triton.upsample import upsample
 from .case import Case
 from .op import time_case
 from .pipeline import machine_facts
@@ -121,7 +120,8 @@ def run_vae(
     height, width_px = SIZES[resolution]
     with torch.device("cuda"), torch.inference_mode():
         vae = WanVAE(width).bfloat16().eval()
-        latent = torch.randn(1, LATENT_CHANNELS, latent_frames(num_frames), height // SPATIAL_FACTOR, width_px // SPATIAL_FACTOR)
+        small = height // SPATIAL_FACTOR, width_px // SPATIAL_FACTOR
+        latent = torch.randn(1, LATENT_CHANNELS, latent_frames(num_frames), *small)
         image = torch.rand(1, 3, height, width_px) * 2 - 1
 
     def decode() -> None:
@@ -196,47 +196,48 @@ def _autotuned(on: bool) -> Iterator[None]:
 
 def kernel_cases(resolution: str, frames: int = 20, device: str = "cuda", channels: int = 96) -> Iterator[Case]:
     """The kernels at full size in every configuration of the sweep, and ways to have the same convolution done."""
+    from ..ops.triton.causal_input import candidates, causal_input
+    from ..ops.triton.upsample import upsample
+
     height, width = SIZES[resolution]
     x, residual = (torch.randn(1, frames, height, width, channels, device=device).bfloat16() for _ in range(2))
     bias, gamma = (torch.randn(channels, device=device).bfloat16() for _ in range(2))
     past = residual[:, :2].contiguous()
     small = torch.randn(1, frames, height // 2, width // 2, 2 * channels, device=device).bfloat16()
     one = _bytes(x)
-    shape = {"frames": frames, "height": height, "width": width, "channels": channels}
+    shape: dict[str, int | float] = {"frames": frames, "height": height, "width": width, "channels": channels}
     for config in candidates():
         kept = (x, bias, residual, gamma, past, True, 2, frames, True, config)
         inner = (x, bias, None, gamma, past, True, 2, frames, False, config)
-        yield Case(f"causal_input block {config}", lambda a=kept: causal_input(*a), shape, bytes=4 * one)
-        yield Case(f"causal_input inner {config}", lambda a=inner: causal_input(*a), shape, bytes=2 * one)
+        yield Case(f"causal_input block {config}", partial(causal_input, *kept), shape, bytes=4 * one)
+        yield Case(f"causal_input inner {config}", partial(causal_input, *inner), shape, bytes=2 * one)
         up = (small, None, small, None, 1, config)
-        yield Case(f"upsample {config}", lambda a=up: upsample(*a), shape, bytes=3 * one)
+        yield Case(f"upsample {config}", partial(upsample, *up), shape, bytes=3 * one)
     yield Case("copy", x.clone, shape, bytes=2 * one)
     del residual, small, kept, inner, up
     yield from _convolutions(causal_input(x, None, None, None, past, False, 2, frames, False)[0], shape)
 
 
-def _convolutions(x: Tensor, shape: dict[str, Any]) -> Iterator[Case]:
+def _convolutions(x: Tensor, shape: dict[str, int | float]) -> Iterator[Case]:
     """cuDNN's convolution: height and width padded by it or before, channels filled up, or as three in 2-D."""
     channels = x.shape[-1]
     last = torch.channels_last_3d
     weight = torch.randn(channels, channels, 3, 3, 3, device=x.device, dtype=x.dtype).contiguous(memory_format=last)
     view = x.permute(0, 4, 1, 2, 3)
-    flops = 2 * 27 * channels * channels * shape["frames"] * shape["height"] * shape["width"]
+    flops = 54 * channels * channels * int(shape["frames"] * shape["height"] * shape["width"])
     conv = torch.nn.functional.conv3d
-    yield Case("conv3d", lambda: conv(view, weight, padding=(0, 1, 1)), shape, flops)
-    before = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1)).permute(0, 4, 1, 2, 3)
-    yield Case("conv3d, padded before", lambda: conv(before, weight), shape, flops)
-    del before
+    yield Case("conv3d", partial(conv, view, weight, padding=(0, 1, 1)), shape, flops)
+    larger = torch.nn.functional.pad(x, (0, 0, 1, 1, 1, 1)).permute(0, 4, 1, 2, 3)
+    yield Case("conv3d, padded before", partial(conv, larger, weight), shape, flops)
     rows = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, 0, 0, 32)).contiguous(memory_format=last)
-    yield Case("conv3d, 32 more results", lambda: conv(view, rows, padding=(0, 1, 1)), shape, flops)
+    yield Case("conv3d, 32 more results", partial(conv, view, rows, padding=(0, 1, 1)), shape, flops)
     both = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, 32)).contiguous(memory_format=last)
     wide = torch.nn.functional.pad(x, (0, 32)).permute(0, 4, 1, 2, 3)
-    yield Case("conv3d, 32 more channels", lambda: conv(wide, both, padding=(0, 1, 1)), shape, flops)
-    del wide
+    yield Case("conv3d, 32 more channels", partial(conv, wide, both, padding=(0, 1, 1)), shape, flops)
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)
     flat = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     conv2d = torch.nn.functional.conv2d
-    yield Case("conv2d, all three frames' results", lambda: conv2d(frames, flat, padding=1), shape, flops)
+    yield Case("conv2d, all three frames' results", partial(conv2d, frames, flat, padding=1), shape, flops)
 
 
 def run_kernels(resolution: str, repeats: int = 5) -> Iterator[dict[str, Any]]:

@@ -136,7 +136,8 @@ class Layers:
         return self._down(layer, value)
 
     def _residual(self, block: Residual, value: Value) -> Value:
-        norm, conv, next_norm, next_conv = (block.residual[i] for i in ("0", "2", "3", "6"))
+        layers: Any = block.residual
+        norm, conv, next_norm, next_conv = (layers[i] for i in ("0", "2", "3", "6"))
         padded, x = self._causal(conv, value, norm.gamma, silu=True, keep=True)
         inner = Value(self._conv(conv, padded), conv.bias)
         padded = self._causal(next_conv, inner, next_norm.gamma, silu=True)[0]
@@ -156,7 +157,7 @@ class Layers:
             wide = ops.upsample(*self._doubled(layer, value))
         else:
             wide = ops.upsample(*value.take())
-        conv = layer.resample["1"]
+        conv: Any = layer.resample["1"]
         return Value(self._conv_frames(conv, wide, padding=1), conv.bias)
 
     def _doubled(self, layer: SpatioTemporalUp, value: Value) -> tuple[Tensor, Tensor | None, None, Tensor | None, int]:
@@ -174,7 +175,7 @@ class Layers:
 
     def _down(self, layer: SpatialDown, value: Value) -> Value:
         x = F.pad(self.sum(value), (0, 0, 0, 1, 0, 1))
-        conv = layer.resample["1"]
+        conv: Any = layer.resample["1"]
         value = Value(self._conv_frames(conv, x, padding=0), conv.bias)
         del x
         if not isinstance(layer, SpatioTemporalDown):
@@ -246,7 +247,7 @@ def decode(decoder: Decoder, x: Tensor, layers: Layers | None = None) -> Iterato
     """[B, 16, T, h, w] to video, float32 [B, 3, T', H, W], in chunks, through fresh layers."""
     layers = layers or Layers()
     x = x.permute(0, 2, 3, 4, 1)
-    widest = 2 * cast(Tensor, decoder.head["0"].gamma).shape[0]  # upsampled, before the convolution that halves the channels
+    widest = 2 * cast(Tensor, decoder.head["0"].gamma).shape[0]  # upsampled, before a convolution halves the channels
     sizes = chunk_sizes(x.shape[1], x.shape[0], SPATIAL_FACTOR * x.shape[2], SPATIAL_FACTOR * x.shape[3], widest)
     for i, part in enumerate(x.split(sizes, dim=1)):
         layers.last = i == len(sizes) - 1

@@ -111,13 +111,14 @@ def _causal_kernel(
             residual += (sample * frames_residual + tl.minimum(source, frames_residual - 1)) * size
         if total is not None:
             total += (sample * frames_x + source) * size
+        unrepeated = tl.where(frame == source, positions, 0)
         parts = ()
         squares = tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(COUNT):
             added = None if residual is None else residual + i * CHUNK
             part = load_sum(x + i * CHUNK, bias, added, place, i * CHUNK + lane, there)
             if total is not None:
-                tl.store(total + i * CHUNK + place, part, mask=there & (frame == source))  # not for repeated frames
+                tl.store(total + i * CHUNK + place, part, mask=position[:, None] < unrepeated)
             if gamma is None:
                 tl.store(out + i * CHUNK + place, part, mask=there)
             else:
