@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from turbowan.models import vae_fused
-from turbowan.models.vae import Steady, latent_frames
+from turbowan.models import vae_fused, vae_tiles
+from turbowan.models.vae import Steady, WanVAE, latent_frames
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -51,7 +51,7 @@ def test_first_frame_as_the_modules(frames, make_vae, fused, relative_error):
     start = torch.stack([image, torch.zeros_like(image)], dim=2)[:, :, :frames]
     clip = Steady(frames)
     expected = clip.match(vae.encoder(start, clip), latent_frames(frames))
-    ours = Steady(frames).match(vae_fused.encode(vae.encoder, start, vae_fused.Layers(frames)), latent_frames(frames))
+    ours = Steady(frames).match(vae_fused.encode(vae.encoder, start, frames), latent_frames(frames))
     assert relative_error(ours, expected) <= 1e-6
 
 
@@ -75,11 +75,82 @@ def test_chunks_are_even(total, most, parts):
 
 
 def test_chunks_stay_below_what_32_bits_index():
-    for height, width in ((480, 832), (720, 1280), (1080, 1920)):
-        sizes = vae_fused.chunk_sizes(21, 1, height, width, 192)
-        assert sum(sizes) == 21
-        assert max(sizes) * 4 * height * width * 192 < 2**31
-    assert vae_fused.chunk_sizes(3, 9, 2160, 3840, 192) == [1, 1, 1]
+    for height, width in ((60, 104), (90, 160), (135, 240)):
+        assert vae_fused.most_at_once(1, height, width, 192) * 4 * 64 * height * width * 192 < 2**31
+    assert vae_fused.most_at_once(9, 270, 480, 192) == 1
+
+
+def seeing_far(coder):
+    """Later positions of every convolution weigh more: what a halo leaves out shows."""
+    for layer in coder.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Conv3d)) and layer.kernel_size[-1] == 3:
+            layer.weight *= torch.tensor([4.0, 1.0, 4.0]).to(layer.weight)
+            layer.weight[..., (0, 2), :] *= 4
+
+
+def in_tiles(vae, latent, image, grid, monkeypatch):
+    for name in ("decoder_grid", "encoder_grid"):
+        monkeypatch.setattr(vae_fused, name, lambda *_: vae_tiles.Grid(*grid, 1))
+    video = torch.cat(list(vae_fused.decode(vae.decoder, latent)), dim=2)
+    return video, vae_fused.encode(vae.encoder, image, 5)
+
+
+@pytest.mark.parametrize(("grid", "height", "width"), [((1, 3), 2, 34), ((3, 1), 34, 2), ((2, 2), 28, 28)])
+def test_tiles_make_the_whole(grid, height, width, make_vae, monkeypatch):
+    """To rounding, at sizes where tiles leave some of the frame out."""
+    vae = make_vae(2).double()
+    seeing_far(vae)
+    latent = torch.randn(1, 16, 2, height, width).double()
+    image = torch.rand(1, 3, 2, 8 * height, 8 * width).double() * 2 - 1
+    expected = in_tiles(vae, latent, image, (1, 1), monkeypatch)
+    for tiled, whole in zip(in_tiles(vae, latent, image, grid, monkeypatch), expected, strict=True):
+        assert (tiled - whole).abs().max() <= 1e-13 * whole.abs().max()
+
+
+def test_halos_are_needed(make_vae, monkeypatch):
+    """Narrower ones show in the test above's way."""
+    vae = make_vae(2).double()
+    seeing_far(vae)
+    latent, image = torch.randn(1, 16, 1, 3, 40).double(), torch.rand(1, 3, 1, 24, 320).double() * 2 - 1
+    expected = in_tiles(vae, latent, image, (1, 1), monkeypatch)
+    monkeypatch.setattr(vae_tiles, "DECODER_HALO", vae_tiles.DECODER_HALO - 3)
+    monkeypatch.setattr(vae_tiles, "ENCODER_HALO", vae_tiles.ENCODER_HALO - 3)
+    for tiled, whole in zip(in_tiles(vae, latent, image, (1, 3), monkeypatch), expected, strict=True):
+        assert (tiled - whole).abs().max() > 1e-12 * whole.abs().max()
+
+
+def test_encodes_a_clip_in_tiles(make_vae, fused, relative_error, monkeypatch):
+    vae, video = make_vae(2), torch.rand(2, 3, 9, 16, 240) * 2 - 1
+    expected = vae.encode(video)
+    fused()
+    monkeypatch.setattr(vae_fused, "encoder_grid", lambda *_: vae_tiles.Grid(1, 2, 2))
+    assert relative_error(vae.encode(video), expected) <= 1e-5
+
+
+def test_tiles_come_from_memory():
+    """Of 720p at base width 96: what a card of that much memory left gets."""
+    decoder = WanVAE(96).decoder.to(torch.bfloat16)
+    x = torch.empty(1, 21, 90, 160, 384, dtype=torch.bfloat16, device="meta")
+    assert vae_fused.decoder_grid(decoder, x, 60 << 30) == vae_tiles.Grid(1, 1, 3)
+    assert vae_fused.decoder_grid(decoder, x, 8 << 30) == vae_tiles.Grid(1, 1, 1)
+    areas = []
+    for budget in (6 << 30, 4 << 30, 3 << 30):
+        grid = vae_fused.decoder_grid(decoder, x, budget)
+        assert not grid.whole
+        areas.append(max((y.stop - y.start) * (x.stop - x.start) for y, x in grid.tiles(90, 160, 13)))
+    assert areas == sorted(areas, reverse=True)
+    assert len(set(areas)) == 3
+
+
+@pytest.mark.parametrize(("length", "count", "halo"), [(60, 3, 13), (7, 7, 2), (90, 1, 13)])
+def test_spans_cover_an_axis_once(length, count, halo):
+    line = torch.arange(length)
+    parts = [line[span.read][span.crop()] for span in vae_tiles.spans(length, count, halo)]
+    assert torch.equal(torch.cat(parts), line)
+    for span in vae_tiles.spans(length, count, halo):
+        assert torch.equal(line[span.kept()], line[span.read][span.crop()])
+        assert span.start == max(0, span.keep_start - halo)
+        assert span.stop == min(length, span.keep_stop + halo)
 
 
 def test_serves_no_cpu_and_no_training(make_vae):

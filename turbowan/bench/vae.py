@@ -25,12 +25,16 @@ from .pipeline import machine_facts
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 
 
-class Timed(vae_fused.Layers):
-    """Layers with a pair of CUDA events around each convolution, kernel and attention."""
+# kind, start, end, multiply-adds times two, bytes
+Mark = tuple[str, torch.cuda.Event, torch.cuda.Event, int, int]
 
-    def __init__(self, total: int | None = None) -> None:
+
+class Timed(vae_fused.Layers):
+    """Layers with a pair of CUDA events around each convolution, kernel and attention, kept in `marks`."""
+
+    def __init__(self, marks: list[Mark], total: int | None = None) -> None:
         super().__init__(total)
-        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int, int]] = []
+        self._marks = marks
         self._inside = False
 
     def _timed(self, kind: str, run: Callable[[], Any], count: Callable[[Any], tuple[int, int]]) -> Any:
@@ -66,20 +70,21 @@ class Timed(vae_fused.Layers):
         run = lambda: super(Timed, self)._attention(block, value)  # noqa: E731
         return self._timed("attention", run, lambda _: (flops, 0))
 
-    def table(self) -> dict[str, dict[str, float]]:
-        """By kind: milliseconds in all, and the rates they mean."""
-        torch.cuda.synchronize()
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
-        for kind, start, end, flops, moved in self._marks:
-            for i, value in enumerate((start.elapsed_time(end), flops, moved)):
-                sums[kind][i] += value
-        return {
-            kind: {"ms": round(ms, 2)}
-            | ({"tflops": round(flops / ms / 1e9, 1)} if flops else {})
-            | ({"gbytes_per_s": round(moved / ms / 1e6)} if moved else {})
-            for kind, (ms, flops, moved) in sorted(sums.items(), key=lambda item: -item[1][0])
-            if ms > 0.05
-        }
+
+def table_of(marks: list[Mark]) -> dict[str, dict[str, float]]:
+    """By kind: milliseconds in all, and the rates they mean."""
+    torch.cuda.synchronize()
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
+    for kind, start, end, flops, moved in marks:
+        for i, value in enumerate((start.elapsed_time(end), flops, moved)):
+            sums[kind][i] += value
+    return {
+        kind: {"ms": round(ms, 2)}
+        | ({"tflops": round(flops / ms / 1e9, 1)} if flops else {})
+        | ({"gbytes_per_s": round(moved / ms / 1e6)} if moved else {})
+        for kind, (ms, flops, moved) in sorted(sums.items(), key=lambda item: -item[1][0])
+        if ms > 0.05
+    }
 
 
 def _name(x: Tensor) -> str:
@@ -136,16 +141,16 @@ def run_vae(
             for latents in at_once:
                 with patch.object(vae_fused, "LATENTS_AT_ONCE", latents):
                     record = {"latents_at_once": latents, "autotuned": tune}
-                    yield _record(f"decode {resolution}", decode, repeats, Timed, record)
-            yield _record(f"first frame {resolution}", encode, repeats, Timed, {"autotuned": tune})
+                    yield _record(f"decode {resolution}", decode, repeats, True, record)
+            yield _record(f"first frame {resolution}", encode, repeats, True, {"autotuned": tune})
     if modules:
         with torch.inference_mode(), patch.object(vae_fused, "serves", lambda x, coder: False):
             for name, run in (("decode", decode), ("first frame", encode)):
-                yield _record(f"{name} {resolution}", run, 2, None, {"modules": True})
+                yield _record(f"{name} {resolution}", run, 2, False, {"modules": True})
 
 
 def _record(
-    case: str, run: Callable[[], None], repeats: int, timed: type[Timed] | None, facts: dict[str, Any]
+    case: str, run: Callable[[], None], repeats: int, timed: bool, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Milliseconds of whole runs, of the host alone, peak memory, and the table of one run with events in it."""
     record = {"bench": "vae", "case": case, **machine_facts(torch.device("cuda", 0)), **facts}
@@ -168,16 +173,11 @@ def _record(
         record["ms"] = {"min": round(min(times) * 1e3, 1), "p50": round(median(times) * 1e3, 1)}
         record["host_ms"] = round(median(host) * 1e3, 1)
         record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if timed is not None:
-            made: list[Timed] = []
-
-            def layers(total: int | None = None) -> Timed:
-                made.append(timed(total))
-                return made[-1]
-
-            with patch.object(vae_fused, "Layers", layers):
+        if timed:
+            marks: list[Mark] = []
+            with patch.object(vae_fused, "Layers", partial(Timed, marks)):
                 run()
-            record["table"] = made[0].table()
+            record["table"] = table_of(marks)
     except Exception as error:  # one way that cannot run must not end the others
         record["failed"] = " ".join(str(error).split())[:300]
         torch.cuda.empty_cache()

@@ -369,7 +369,7 @@ class WanVAE(nn.Module):
         image = image.to(self.dtype).unsqueeze(2)
         start = torch.cat([image, torch.zeros_like(image)], dim=2)[:, :, :num_frames]
         if vae_fused.serves(start, self):
-            encoded = vae_fused.encode(self.encoder, start, vae_fused.Layers(num_frames))
+            encoded = vae_fused.encode(self.encoder, start, num_frames)
         else:
             encoded = self.encoder(start, clip)
         return self._normalise(clip.match(encoded, latent_frames(num_frames)))
@@ -386,8 +386,8 @@ class WanVAE(nn.Module):
         x = self.conv2(latent.to(self.dtype) / inverse_std + mean, Clip())
         if vae_fused.serves(x, self):
             for several in vae_fused.decode(self.decoder, x):
-                one = several.shape[2] % TEMPORAL_FACTOR  # the clip's first frame
-                yield from several.split([one] * one + [TEMPORAL_FACTOR] * (several.shape[2] // TEMPORAL_FACTOR), dim=2)
+                fours, first = divmod(several.shape[2], TEMPORAL_FACTOR)
+                yield from several.float().split([1] * first + [TEMPORAL_FACTOR] * fours, dim=2)
             return
         stream = Stream()
         for frame in x.split(1, dim=2):

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.causal_input import widened
 from ..ops.registry import differentiated
+from . import vae_tiles
 from .vae import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
@@ -30,6 +32,7 @@ from .vae import (
 )
 
 LATENTS_AT_ONCE = 5  # per chunk, at most
+MIDDLE_AT_ONCE = 32  # at an eighth of the size
 INDEXED = 2**31  # elements of a tensor that convolutions index with 32 bits
 _UNIT = 8  # channels that tensor cores read and write at least; fewer are filled up with zeros
 
@@ -47,15 +50,22 @@ def split_evenly(total: int, most: int) -> list[int]:
     return [total // count + (i < total % count) for i in range(count)]
 
 
-def chunk_sizes(latents: int, batch: int, height: int, width: int, channels: int) -> list[int]:
-    """Latent frames of each chunk.
+def most_at_once(batch: int, height: int, width: int, channels: int) -> int:
+    """Latent frames of a chunk, at most.
 
     Args:
-        height, width: of the video. channels: of its widest tensor at full size.
+        height, width: of the latent. channels: of its widest tensor at full size.
     """
-    frame = batch * height * width * channels
-    most = (INDEXED - 1) // frame // TEMPORAL_FACTOR
-    return split_evenly(latents, max(1, min(most, LATENTS_AT_ONCE)))
+    frame = batch * SPATIAL_FACTOR**2 * height * width * channels
+    return max(1, min((INDEXED - 1) // frame // TEMPORAL_FACTOR, LATENTS_AT_ONCE))
+
+
+def free_memory(x: Tensor) -> int:
+    """Bytes that x's device still has for us."""
+    if not x.is_cuda:
+        return 1 << 62
+    reserved = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return torch.cuda.mem_get_info(x.device)[0] + reserved
 
 
 class Value:
@@ -85,10 +95,6 @@ class Layers:
         self._past: dict[nn.Module, Tensor] = {}
         self._weights: dict[nn.Module, Tensor] = {}
 
-    def decode(self, decoder: Decoder, x: Tensor) -> Tensor:
-        """[B, T, h, w, 16] -> float32 [B, T', 8 h, 8 w, 3]."""
-        return self.rise(decoder, self.sum(self.middle(decoder.middle, self.first(decoder.conv1, x))))
-
     def rise(self, decoder: Decoder, x: Tensor) -> Tensor:
         """What comes after the middle."""
         value = Value(x)
@@ -99,10 +105,6 @@ class Layers:
     def sum(self, value: Value) -> Tensor:
         """Added up."""
         return self._causal(None, value, lookback=0)[0]
-
-    def encode(self, encoder: Encoder, x: Tensor) -> Tensor:
-        """[B, T, H, W, 3] -> float32 [B, T', H / 8, W / 8, 32]."""
-        return self.head(encoder.head, self.middle(encoder.middle, Value(self.sink(encoder, x))))
 
     def sink(self, encoder: Encoder, x: Tensor) -> Tensor:
         """What comes before the middle."""
@@ -123,7 +125,7 @@ class Layers:
     def head(self, head: Any, value: Value) -> Tensor:
         conv = head["2"]
         out = self._conv(conv, self._causal(conv, value, head["0"].gamma, silu=True)[0])
-        return out[..., : conv.out_channels].float() + conv.bias.float()
+        return widened(out[..., : conv.out_channels]) + widened(conv.bias)
 
     def _layer(self, layer: nn.Module, value: Value) -> Value:
         if isinstance(layer, Residual):
@@ -243,30 +245,112 @@ class Layers:
         return self._weights[conv]
 
 
-def decode(decoder: Decoder, x: Tensor, layers: Layers | None = None) -> Iterator[Tensor]:
-    """[B, 16, T, h, w] to video, float32 [B, 3, T', H, W], in chunks, through fresh layers."""
-    layers = layers or Layers()
+def decode(decoder: Decoder, x: Tensor, budget: int | None = None) -> Iterator[Tensor]:
+    """[B, 16, T, h, w] to video, float32 [B, 3, T', H, W], in chunks.
+
+    Args:
+        budget: bytes it may take, four fifths of the device's free memory if not given. Where that is little, the
+            layers after the middle run tile by tile over the whole clip, which then comes out at the end.
+    """
     x = x.permute(0, 2, 3, 4, 1)
-    widest = 2 * cast(Tensor, decoder.head["0"].gamma).shape[0]  # upsampled, before a convolution halves the channels
-    sizes = chunk_sizes(x.shape[1], x.shape[0], SPATIAL_FACTOR * x.shape[2], SPATIAL_FACTOR * x.shape[3], widest)
-    for i, part in enumerate(x.split(sizes, dim=1)):
-        layers.last = i == len(sizes) - 1
-        yield layers.decode(decoder, part).permute(0, 4, 1, 2, 3).contiguous()
+    batch, latents, height, width, _ = x.shape
+    layers, deep = Layers(), []
+    for part in _chunks(layers, x, split_evenly(latents, MIDDLE_AT_ONCE)):
+        deep.append(layers.sum(layers.middle(decoder.middle, layers.first(decoder.conv1, part))))
+    x = deep[0] if len(deep) == 1 else torch.cat(deep, dim=1)
+    del deep, part
+
+    grid = decoder_grid(decoder, x, budget)
+    sizes = split_evenly(latents, grid.latents)
+    if grid.whole:
+        layers = Layers()
+        for part in _chunks(layers, x, sizes):
+            yield layers.rise(decoder, part).permute(0, 4, 1, 2, 3).contiguous()
+        return
+    frames = TEMPORAL_FACTOR * (latents - 1) + 1
+    video = widened(x[:0, :0]).new_empty((batch, 3, frames, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width))
+    for rows, columns in grid.tiles(height, width, vae_tiles.DECODER_HALO):
+        layers, done = Layers(), 0
+        for part in _chunks(layers, x[:, :, rows.read, columns.read], sizes):
+            tile = layers.rise(decoder, part)
+            tile = tile[:, :, rows.crop(SPATIAL_FACTOR), columns.crop(SPATIAL_FACTOR)].permute(0, 4, 1, 2, 3)
+            place = video[:, :, done : done + tile.shape[2]]
+            place[..., rows.kept(SPATIAL_FACTOR), columns.kept(SPATIAL_FACTOR)] = tile
+            done += tile.shape[2]
+    yield video
 
 
-def encode(encoder: Encoder, video: Tensor, layers: Layers | None = None) -> Tensor:
-    """[B, 3, T, H, W] to float32 [B, 32, T', h, w], in chunks, or in one where the last frame is repeated."""
-    layers = layers or Layers()
+def encode(encoder: Encoder, video: Tensor, total: int | None = None, budget: int | None = None) -> Tensor:
+    """[B, 3, T, H, W] to float32 [B, 32, T', h, w].
+
+    Args:
+        total: see `Layers`. budget: as of `decode`; the layers before the middle run in tiles.
+    """
     x = video.permute(0, 2, 3, 4, 1)
-    frames = x.shape[1]
-    sizes = [frames]
-    if layers.total is None:
-        latents = (frames - 1) // TEMPORAL_FACTOR + 1
-        latent_sizes = chunk_sizes(latents, x.shape[0], x.shape[2], x.shape[3], encoder.conv1.out_channels)
-        sizes = [TEMPORAL_FACTOR * n for n in latent_sizes]
+    latents = (x.shape[1] - 1) // TEMPORAL_FACTOR + 1
+    height, width = (n // SPATIAL_FACTOR for n in x.shape[2:4])
+    grid = encoder_grid(encoder, x, total, budget)
+    sizes = [x.shape[1]]
+    if total is None:
+        sizes = [TEMPORAL_FACTOR * n for n in split_evenly(latents, grid.latents)]
         sizes[0] -= TEMPORAL_FACTOR - 1
+    deep = None
+    for rows, columns in grid.tiles(height, width, vae_tiles.ENCODER_HALO):
+        layers, parts = Layers(total), []
+        read = [slice(SPATIAL_FACTOR * s.start, SPATIAL_FACTOR * s.stop) for s in (rows, columns)]
+        for part in _chunks(layers, x[:, :, read[0], read[1]], sizes):
+            parts.append(layers.sink(encoder, part))
+        tile = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if grid.whole:
+            deep = tile
+            break
+        if deep is None:
+            deep = tile.new_empty((*tile.shape[:2], height, width, tile.shape[-1]))
+        deep[:, :, rows.kept(), columns.kept()] = tile[:, :, rows.crop(), columns.crop()]
+    assert deep is not None
     out = []
-    for i, part in enumerate(x.split(sizes, dim=1)):
-        layers.last = i == len(sizes) - 1
-        out.append(layers.encode(encoder, part))
+    layers = Layers(layers.total)
+    for part in _chunks(layers, deep, [deep.shape[1]] if total else split_evenly(deep.shape[1], MIDDLE_AT_ONCE)):
+        out.append(layers.head(encoder.head, layers.middle(encoder.middle, Value(part))))
     return torch.cat(out, dim=1).permute(0, 4, 1, 2, 3)
+
+
+def _chunks(layers: Layers, x: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """x in parts over time, of which the layers know which is the last."""
+    for i, part in enumerate(x.split(list(sizes), dim=1)):
+        layers.last = i == len(sizes) - 1
+        yield part
+
+
+def decoder_grid(decoder: Decoder, x: Tensor, budget: int | None = None) -> vae_tiles.Grid:
+    """Tiles and chunks for what the middle gave, [B, T, h, w, C]."""
+    batch, latents, height, width, _ = x.shape
+    base = cast(Tensor, decoder.head["0"].gamma).shape[0]
+    number = batch * vae_tiles.FULL * base * x.element_size()
+    result = 4 * 3 * batch * vae_tiles.FULL  # float32, per position and frame
+    most = min(latents, most_at_once(batch, height, width, 2 * base))  # upsampled, before a convolution halves channels
+    budget = free_memory(x) * 4 // 5 if budget is None else budget
+    per_latent = TEMPORAL_FACTOR * vae_tiles.DECODER_UNITS * number
+    whole = vae_tiles.choose(
+        budget, height, width, vae_tiles.DECODER_HALO, most, per_latent, vae_tiles.DECODER_PAST * number
+    )
+    if whole.whole:
+        return whole
+    budget -= result * height * width * TEMPORAL_FACTOR * latents  # tiles are put together
+    return vae_tiles.choose(
+        budget, height, width, vae_tiles.DECODER_HALO, 1, per_latent, vae_tiles.DECODER_PAST * number
+    )
+
+
+def encoder_grid(encoder: Encoder, x: Tensor, total: int | None, budget: int | None = None) -> vae_tiles.Grid:
+    """Tiles and chunks for a video [B, T, H, W, 3]."""
+    height, width = (n // SPATIAL_FACTOR for n in x.shape[2:4])
+    base = encoder.conv1.out_channels
+    number = x.shape[0] * vae_tiles.FULL * base * x.element_size()
+    budget = free_memory(x) * 4 // 5 if budget is None else budget
+    most = 1 if total else most_at_once(x.shape[0], height, width, base)
+    frames = vae_tiles.STEADY_FRAMES if total else TEMPORAL_FACTOR
+    past = 0 if total else vae_tiles.ENCODER_PAST
+    return vae_tiles.choose(
+        budget, height, width, vae_tiles.ENCODER_HALO, most, frames * vae_tiles.ENCODER_UNITS * number, past * number
+    )

@@ -12,10 +12,15 @@ def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x + bias + residual in float32, rounded once; a residual of fewer frames repeats its last one."""
     if bias is None and residual is None:
         return x
-    wide = x.float() if bias is None else x.float() + bias.float()
+    wide = widened(x) if bias is None else widened(x) + widened(bias)
     if residual is not None:
-        wide = wide + repeat_last(residual, x.shape[1]).float()
+        wide = wide + widened(repeat_last(residual, x.shape[1]))
     return wide.to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def repeat_last(x: Tensor, frames: int) -> Tensor:
@@ -38,9 +43,9 @@ def _eager(
     total = add_up(x, bias, residual)
     out = total
     if gamma is not None:
-        wide = total.float()
+        wide = widened(total)
         length = wide.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
-        wide = wide * (x.shape[-1] ** 0.5 / length) * gamma.float()
+        wide = wide * (x.shape[-1] ** 0.5 / length) * widened(gamma)
         out = (F.silu(wide) if silu else wide).to(x.dtype)
     if past is None:
         past = x.new_zeros(x.shape[0], lookback, *x.shape[2:])

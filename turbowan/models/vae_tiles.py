@@ -1,0 +1,94 @@
+"""How much of a frame the VAE works on at a time, so that it fits in memory: tiles that overlap by what layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+# What the layers on the frame's side of the middle see beyond a position, in latent positions and rounded up. Decoding:
+# 6 convolutions at 1/8 of the size and one after each doubling; 6 + (1 + 6) / 2 + ... + 1 / 8 for the last = 12.4
+# at most. Encoding, towards the right, in pixels: 5 + 2 + 2 * 4 + 4 + 4 * 4 + 8 + 8 * 4 = 75.
+DECODER_HALO = 13
+ENCODER_HALO = 10
+# What lives at once, in frames of full size and base width.
+FULL = 64  # pixels of a latent position
+DECODER_UNITS = 4.2  # for each frame of a chunk
+# frames that layers remember, two each: 7 at full size, 6 and 6 + 1 and 6 + 1 at half the size with twice the channels
+# (a half), a quarter (a quarter), an eighth (a sixteenth)
+DECODER_PAST = 2 * (7 + 6 / 2 + 7 / 4 + 7 / 16)
+ENCODER_UNITS = 4.2
+STEADY_FRAMES = 14  # of a clip that repeats its second frame: 2, 2 more after each of 5 convolutions, and 2 before
+ENCODER_PAST = 2 * (5 + 4 / 2 + 4 / 4 + 4 / 16)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Of one axis: positions start to stop are worked on, of which keep_start to keep_stop are right."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+    @property
+    def read(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def kept(self, scale: int = 1) -> slice:
+        """Where it belongs in the whole."""
+        return slice(scale * self.keep_start, scale * self.keep_stop)
+
+    def crop(self, scale: int = 1) -> slice:
+        """What to keep of a result."""
+        return slice(scale * (self.keep_start - self.start), scale * (self.keep_stop - self.start))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """rows, columns: of tiles. latents: frames of a chunk."""
+
+    rows: int
+    columns: int
+    latents: int
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == self.columns == 1
+
+    def tiles(self, height: int, width: int, halo: int) -> Iterator[tuple[Span, Span]]:
+        """Spans of rows and of columns of each tile."""
+        return product(spans(height, self.rows, halo), spans(width, self.columns, halo))
+
+
+def spans(length: int, count: int, halo: int) -> list[Span]:
+    """An axis in `count` even parts, each with a halo inside the axis."""
+    edges = [length * i // count for i in range(count + 1)]
+    return [
+        Span(max(0, start - halo), min(length, stop + halo), start, stop)
+        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def choose(budget: int, height: int, width: int, halo: int, most: int, per_frame: float, fixed: float) -> Grid:
+    """The largest chunk that fits whole; else, one latent frame at a time, the tiles with the least overlap.
+
+    Args:
+        budget: bytes. height, width: of the latent. most: latent frames of a chunk. per_frame: bytes per latent
+            position for each latent frame of a chunk. fixed: bytes per latent position.
+
+    Returns:
+        The smallest tiles where none fit.
+    """
+    for latents in range(most, 0, -1):
+        if (fixed + latents * per_frame) * height * width <= budget:
+            return Grid(1, 1, latents)
+
+    def cost(grid: Grid) -> tuple[bool, int]:
+        """Not fitting is the worst, and then the largest tile; else the positions worked on in all."""
+        areas = [(y.stop - y.start) * (x.stop - x.start) for y, x in grid.tiles(height, width, halo)]
+        fits = (fixed + per_frame) * max(areas) <= budget
+        return not fits, sum(areas) if fits else max(areas)
+
+    limits = range(1, -(-height // 4) + 1), range(1, -(-width // 4) + 1)
+    return min((Grid(rows, columns, 1) for rows, columns in product(*limits)), key=cost)
