@@ -8,13 +8,15 @@ from turbowan.errors import RequestError
 
 
 def test_every_kernel_and_convolution(monkeypatch, kernels):
-    monkeypatch.setitem(vae.SIZES, "small", (4, 6))
+    monkeypatch.setitem(vae.SIZES, "small", (16, 24))
     done = {}
     for case in vae.kernel_cases("small", frames=2, device=kernels.type, channels=16):
+        if "rows at a time" in case.name and kernels.type == "cpu":
+            continue  # PyTorch multiplies into float32 on a GPU only
         result = case.run()
         done[case.name] = result
         assert case.flops or case.bytes
-    assert len(done) == 18 + 1 + 5
+    assert len(done) == 18 + 1 + 1 + 5 + (3 if kernels.type == "cuda" else 0)
     assert torch.allclose(done["conv3d"].float(), done["conv3d, padded before"].float(), rtol=0.02, atol=0.1)
     assert torch.allclose(done["conv3d"].float(), done["conv3d, 32 more results"][:, :16].float(), rtol=0.02, atol=0.1)
 

@@ -215,7 +215,35 @@ def kernel_cases(resolution: str, frames: int = 20, device: str = "cuda", channe
         yield Case(f"upsample {config}", partial(upsample, *up), shape, bytes=3 * one)
     yield Case("copy", x.clone, shape, bytes=2 * one)
     del residual, small, kept, inner, up
+    yield from _attentions(torch.randn(frames, height * width // 64, 3 * 4 * channels, device=device).bfloat16())
     yield from _convolutions(causal_input(x, None, None, None, past, False, 2, frames, False)[0], shape)
+
+
+def _attentions(qkv: Tensor) -> Iterator[Case]:
+    """The middle's attention, one head as wide as the channels: PyTorch's, and as products of a few rows at a time."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    count, positions, channels = q.shape
+    shape: dict[str, int | float] = {"frames": count, "positions": positions, "channels": channels}
+    flops = 4 * count * positions**2 * channels
+
+    def whole() -> Tensor:
+        heads = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        return torch.nn.functional.scaled_dot_product_attention(*heads).squeeze(1)
+
+    yield Case("attention", whole, shape, flops)
+    for rows in (256, 1024, 4096):
+        yield Case(f"attention, {rows} rows at a time", partial(_by_products, q, k, v, rows), shape, flops)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+    """Scores in float32; frame after frame, so that they stay in the cache."""
+    out = torch.empty_like(v)
+    for i in range(len(q)):
+        for start in range(0, q.shape[1], rows):
+            scores = torch.mm(q[i, start : start + rows], k[i].T, out_dtype=torch.float32)
+            weights = scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
+            torch.mm(weights, v[i], out=out[i, start : start + rows])
+    return out
 
 
 def _convolutions(x: Tensor, shape: dict[str, int | float]) -> Iterator[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 # What the layers on the frame's side of the middle see beyond a position, in latent positions and rounded up. Decoding:
 # 6 convolutions at 1/8 of the size and one after each doubling; 6 + (1 + 6) / 2 + ... + 1 / 8 for the last = 12.4
@@ -66,7 +66,7 @@ def spans(length: int, count: int, halo: int) -> list[Span]:
     edges = [length * i // count for i in range(count + 1)]
     return [
         Span(max(0, start - halo), min(length, stop + halo), start, stop)
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in pairwise(edges)
     ]
 
 
