@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .aliases import aliases
 from .condition import TurboWanI2VPrepare, TurboWanSampler
 from .image_to_video import TurboDiffusionI2V
@@ -32,3 +34,4 @@ _NODES = {
 }
 NODE_CLASS_MAPPINGS = {key: node for key, (node, _) in _NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {key: name for key, (_, name) in _NODES.items()}
+WEB_DIRECTORY = str(Path(__file__).parent / "web")  # scripts for the page
