@@ -7,6 +7,9 @@ Every message says what is wrong, with numbers, and what to do. The command line
 class TurbowanError(Exception):
     """Base of all errors raised on purpose by this package."""
 
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "turbowan.errors"  # what users see, also of a clone that ComfyUI loads by its path
+
 
 class Note(UserWarning):
     """Something a user should know that is no error; programs show it as one line."""

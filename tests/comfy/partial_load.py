@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from weakref import ref
 
 comfy_folder, path, lora_path = sys.argv[1:]
 sys.argv = sys.argv[:1]
@@ -21,6 +22,7 @@ import comfy.utils
 import torch
 
 from turbowan.comfy.model import load_model
+from turbowan.models.pack import full_weight
 
 CPU = torch.device("cpu")
 torch.manual_seed(torch.seed())
@@ -66,6 +68,14 @@ def main() -> dict[str, object]:
     found["lora_after_unload"] = apart(net(*given), with_lora)
     found["freed"] = freed
     found["after"] = apart(whole(model), base)
+    codecs = [(m.weight, m.convert_weight, m.set_weight) for m in net.modules() if hasattr(m, "convert_weight")]
+    found["codecs"] = all(torch.equal(back(to(w.float()), return_weight=True), w) for w, to, back in codecs)
+    found["converted"] = max(
+        (apart(m.convert_weight(m.weight), full_weight(m)) for m in net.modules() if hasattr(m, "convert_weight")),
+        default=0.0,
+    )
+    gone = ref(load_model(Path(path), "original", 0.1, "cpu_only").model.diffusion_model)
+    found["freed_at_once"] = gone() is None
     kept = load_model(Path(path), "original", 0.1, "layerwise_gpu")
     comfy.model_management.load_models_gpu([kept])
     found["layerwise"] = apart(kept.model.diffusion_model(*given), base)

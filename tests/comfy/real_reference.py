@@ -15,8 +15,8 @@ from torch import Tensor
 
 from turbowan.checkpoints import load_transformer
 from turbowan.models.pack import full_weight, is_linear
-from turbowan.models.transformer import WanTransformer
-from turbowan.models.vae import LATENT_MEAN, LATENT_STD
+from turbowan.models.transformer import PATCH, TransformerConfig, WanTransformer
+from turbowan.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from turbowan.sampling import noise, rcm
 
 GOLDEN = HERE.parent / "golden"
@@ -105,3 +105,16 @@ def random_lora(net: WanTransformer, seed: int) -> tuple[dict[str, Tensor], dict
             adapter[f"{flat}.alpha"] = torch.tensor(4.0)
             changes[name] = up @ down * 4 / 8
     return adapter, changes
+
+
+def plain_wan(dim: int, layers: int, text_dim: int) -> dict[str, Tensor]:
+    """A small random Wan 2.1 text-to-video file in Wan's own layout, whose patch embedding is a convolution."""
+    config = TransformerConfig(dim=dim, ffn_dim=2 * dim, num_layers=layers, text_dim=text_dim)
+    state = {key: value.detach().clone() for key, value in WanTransformer(config).state_dict().items()}
+    state["head.head.weight"] += torch.randn_like(state["head.head.weight"]) * 0.1
+    return state | {"patch_embedding.weight": state["patch_embedding.weight"].unflatten(1, (-1, *PATCH)).clone()}
+
+
+def plain_vae(dim: int) -> dict[str, Tensor]:
+    """A random Wan 2.1 VAE."""
+    return {key: value.detach().clone() for key, value in WanVAE(dim).state_dict().items()}

@@ -71,7 +71,9 @@ class Server:
         command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         command += ["--base-directory", self.base, *FLAGS, *self.flags]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment
+            )
         end = time.monotonic() + 120
         while time.monotonic() < end and self.process.poll() is None:
             try:

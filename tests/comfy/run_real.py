@@ -20,12 +20,23 @@ import numpy as np
 import torch
 from PIL import Image
 from real_server import HERE, REPOSITORY, Failed, Interrupted, Refused, Server
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(REPOSITORY))
 
-from real_graphs import Graph, changed, image_to_video, node, recorded, text_to_video
-from real_reference import GOLDEN, apart, golden_file, in_floats, kept, ours, random_lora, read_frames
+from real_graphs import Graph, changed, image_to_video, node, recorded, sample_custom, text_to_video
+from real_reference import (
+    GOLDEN,
+    apart,
+    golden_file,
+    in_floats,
+    kept,
+    ours,
+    plain_vae,
+    plain_wan,
+    random_lora,
+    read_frames,
+)
 
 from turbowan.checkpoints import load_transformer
 
@@ -241,6 +252,73 @@ def core_nodes_take_our_types(server: Server) -> str:
 
 
 @case
+def core_loaders_and_ours_agree(server: Server) -> str:
+    """A plain Wan file and a Wan 2.1 VAE of the only width that ComfyUI knows, through both loaders: the same latent
+    from both kinds of sampler, the same pixels."""
+    seed = fresh_seed()
+    torch.manual_seed(seed)
+    save_file(plain_wan(128, 2, 4096), server.models("diffusion_models") / "plain.safetensors")
+    save_file(plain_vae(96), server.models("vae") / "plain_vae.safetensors")
+    save_file({"text": torch.randn(1, 512, 4096)}, server.base / "input" / "wide.safetensors")
+    start_picture(server, 96, 64)
+    graph = {
+        "theirs": node("UNETLoader", unet_name="plain.safetensors", weight_dtype="default"),
+        "ours": node("TurboWanModelLoader", model_name="plain.safetensors", attention_type="original"),
+        "their_vae": node("VAELoader", vae_name="plain_vae.safetensors"),
+        "our_vae": node("TurboWanVAELoader", vae_name="plain_vae.safetensors"),
+        "text": node("ProbeConditioning", file="wide.safetensors", key="text"),
+        "grid": node("TurboWanSigmas", num_steps=2, sigma_max=80.0, boundary=0.9),
+        "sampler": node("KSamplerSelect", sampler_name="euler"),
+        "empty": node("EmptyHunyuanLatentVideo", width=96, height=64, length=5, batch_size=1),
+        "image": node("LoadImage", image="start.png"),
+        "frames": node("RepeatImageBatch", image=["image", 0], amount=5),
+    }
+    for name in ("their", "our"):
+        model = {"their": "theirs", "our": "ours"}[name]
+        graph |= {
+            f"{name}_sample": changed({"s": sample_custom(seed, "grid")}, "s", model=[model, 0])["s"],
+            f"{name}_steps": node(
+                "TurboWanVideoSampler", model=[model, 0], positive=["text", 0], width=96, height=64, num_frames=5,
+                num_steps=2, sigma_max=80.0, seed=seed, use_ode=True,
+            ),
+            f"{name}_latent": node("VAEEncode", pixels=["frames", 0], vae=[f"{name}_vae", 0]),
+            f"{name}_frames": node("VAEDecode", samples=["our_sample", 0], vae=[f"{name}_vae", 0]),
+            f"{name}_pictures": node("SaveImage", images=[f"{name}_frames", 0], filename_prefix=f"{name}"),
+        }  # fmt: skip
+        for kind in ("sample", "steps", "latent"):
+            graph[f"{name}_{kind}_kept"] = node("SaveLatent", samples=[f"{name}_{kind}", 0], filename_prefix=f"{name}")
+    outputs = server.run(graph)
+
+    def latent(key: str) -> torch.Tensor:
+        return load_file(server.file(outputs[key]["latents"][0]))["latent_tensor"]
+
+    errors = {k: apart(latent(f"our_{k}_kept"), latent(f"their_{k}_kept")) for k in ("sample", "steps", "latent")}
+    errors["samplers"] = apart(latent("our_steps_kept"), latent("our_sample_kept"))
+    pictures = [
+        [np.asarray(Image.open(server.file(each)), np.int16) for each in outputs[f"{name}_pictures"]["images"]]
+        for name in ("our", "their")
+    ]
+    levels = int(np.abs(np.stack(pictures[0]) - np.stack(pictures[1])).max())
+    assert max(errors.values()) < 1e-4, f"{errors} (seed {seed})"
+    assert levels <= 1, f"pixels {levels} levels apart (seed {seed})"
+    return ", ".join(f"{name} {error:.0e}" for name, error in errors.items()) + f", pixels {levels} of 255 apart"
+
+
+@case
+def other_nodes_may_replace_blocks(server: Server) -> str:
+    plain = recorded(fresh_seed(), "t2v-tiny.pth", "sla", "euler", 1)
+    base = kept(server, plain)
+    results = []
+    for skip in (False, True):
+        graph = changed(plain, "sample", model=["patched", 0])
+        graph["patched"] = node("ProbeBlock", model=["model", 0], skip=skip)
+        results.append(apart(kept(server, graph), base))
+    assert results[0] < 1e-6, f"a block replaced by itself: {results[0]:.1e} apart"
+    assert results[1] > 1e-3, "a block that is left out changes nothing"
+    return f"by itself {results[0]:.0e} apart, left out {results[1]:.0e}"
+
+
+@case
 def installed_by_the_command_the_nodes_are_the_same(server: Server) -> str:
     with Server(server.comfy, server.python, installed=True) as other:
         contract(other)
@@ -267,10 +345,12 @@ def memory_manager_sees_all_weights(server: Server) -> str:
         assert found["left_behind"] > 0.3 * found["size"], "nothing stays on the host when asked to"
         assert found["cast"] > 10, "no layer is lent"
         assert found["lora"] > 0.01, "the LoRA changes nothing"
-        assert found["freed"] > 0.5 * found["size"], "little was freed"
-        for name in ("in_part", "lora_in_part", "lora_after_unload", "after", "layerwise"):
+        assert found["freed"] > 0.4 * found["size"], "little was freed"
+        for name in ("in_part", "lora_in_part", "lora_after_unload", "after", "layerwise", "converted"):
             assert found[name] < 1e-5, f"{name}: {found[name]:.1e} apart"
         assert found["layerwise_loaded"] < 0.1 * found["size"], "layerwise_gpu loads the model"
+        assert found["codecs"], "codes do not come back from the numbers they stand for"
+        assert found["freed_at_once"], "a model outlives its last reference"
         assert found["layerwise_clone"], "a clone forgets that it is layerwise_gpu"
         assert found["shared"], "two loaders of one file hold two copies"
         lines.append(f"{found['size'] / 2**20:.1f} MiB")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +57,20 @@ def test_an_adjusted_weight_is_used_and_the_own_one_is_back_after() -> None:
     assert torch.equal(net(x), doubled(x))
     assert weights(net) == before
     assert torch.equal(net(x), doubled(x))  # the own weight is not changed
+
+
+def test_a_network_goes_with_its_last_reference() -> None:
+    """At once, not when Python next looks for cycles: it may hold many gigabytes."""
+    net = Net()
+    Lender([net, *net.blocks], lambda _, __, w: w * 2, lambda _: True)
+    net(torch.randn(2, 8))
+    gone = weakref.ref(net.blocks[0])
+    gc.disable()
+    try:
+        del net
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,7 +20,7 @@ from ..checkpoints.detect import Detected
 from ..checkpoints.load import choose_attention, load_transformer, read
 from ..checkpoints.manifest import FILE_NAME, read_manifest
 from ..errors import RequestError
-from ..models.transformer import PATCH, WanTransformer
+from ..models.transformer import PATCH, Context, WanTransformer
 from ..sampling import rcm
 from ..specs import FAMILIES, family_of
 from .weights import PatchEmbedding, Patcher, adopt
@@ -44,6 +45,7 @@ class Network(WanTransformer):
             setattr(self, name, child)
         self.patch_embedding = PatchEmbedding(net.patch_embedding, PATCH)  # type: ignore[assignment]
         self.rounds = rounds
+        self._options: dict[str, Any] = {}  # of the call that runs
         adopt(self, list(self.blocks), comfy.model_management.throw_exception_if_processing_interrupted)
 
     def forward(  # type: ignore[override]
@@ -85,11 +87,35 @@ class Network(WanTransformer):
         if self.rounds:
             latent, timestep = rcm.round_inputs(latent, timestep)
         self.attention = options.get(ATTENTION_OPTION, self.attention)
+        self._options = options
         text, rows = _without_tail(context)
         if self.config.image_dim is None:
             clip_fea = None
         velocity = super().forward(latent, timestep, text, condition, clip_fea, rows)
         return velocity[..., :height, :width]
+
+
+    def _run_blocks(
+        self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], context: Context
+    ) -> Tensor:
+        """Blocks that another node replaced (`patches_replace`) are called as ComfyUI calls them."""
+        replaced = self._options.get("patches_replace", {}).get("dit", {})
+        if not any(("double_block", i) in replaced for i in range(len(self.blocks))):
+            return super()._run_blocks(x, modulation, rotation, context)
+        for i, block in enumerate(self.blocks):
+
+            def original(args: dict[str, Any], block: Any = block) -> dict[str, Tensor]:
+                told = replace(context, text=args["txt"])
+                settings = (args["vec"], args["pe"], told, None, self.attention, self.norms)
+                out, (delta, gate) = block(args["img"], None, *settings)
+                return {"img": out + delta * gate.to(out.dtype)}
+
+            args = {
+                "img": x, "txt": context.text, "vec": modulation, "pe": rotation, "transformer_options": self._options,
+            }  # fmt: skip
+            patch = replaced.get(("double_block", i))
+            x = (original(args) if patch is None else patch(args, {"original_block": original}))["img"]
+        return x
 
 
 def _without_tail(text: Tensor) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import comfy.lora
 import comfy.model_management
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..memory.lending import Lender, pin
 from ..models.linear import EightBitLinear, Fp8Linear, Int8BlockLinear
 from ..models.pack import full_weight
+from ..ops.int8_blockwise import BLOCK
 
 EIGHT_BITS = (EightBitLinear, Fp8Linear)
 
@@ -49,6 +51,44 @@ class BlockLinear(Int8BlockLinear):
         return self.weight
 
 
+class Codec:
+    """A layer's 8-bit weight to numbers and back, for what else of ComfyUI merges weights. Scales stay as they are."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = ref(layer)
+
+    def convert_weight(self, codes: Tensor, inplace: bool = False, **_: Any) -> Tensor:
+        """Codes, in any dtype, to the weight [N, K] in float32."""
+        return codes.float() * self._scales(codes)
+
+    def set_weight(
+        self, weight: Tensor, inplace_update: bool = False, return_weight: bool = False, **_: Any
+    ) -> Tensor | None:
+        """Round a weight to the layer's codes, and keep them or give them back."""
+        layer: Any = self._layer()
+        codes = weight.float() / self._scales(weight)
+        if layer.weight.dtype == torch.int8:
+            codes = codes.round().clamp(-128, 127)
+        codes = codes.to(layer.weight.dtype)
+        if return_weight:
+            return codes
+        if inplace_update:
+            layer.weight.copy_(codes)
+        else:
+            layer.weight = _parameter(codes)
+        return None
+
+    def _scales(self, like: Tensor) -> Tensor:
+        """float32, of `like`'s shape or one that stretches to it."""
+        layer: Any = self._layer()
+        if isinstance(layer, Int8BlockLinear):
+            rows, columns = like.shape
+            scale = layer.scale.to(like.device).repeat_interleave(BLOCK, 0)[:rows]
+            return scale.repeat_interleave(BLOCK, 1)[:, :columns]
+        scale = layer.scale_weight if isinstance(layer, Fp8Linear) else layer.weight_scale
+        return scale.to(like.device).float().view(-1, 1)
+
+
 def adopt(net: nn.Module, blocks: Sequence[nn.Module], between: Callable[[], None]) -> None:
     """Make a network's weights visible to ComfyUI, in place.
 
@@ -66,6 +106,8 @@ def adopt(net: nn.Module, blocks: Sequence[nn.Module], between: Callable[[], Non
             for name, value in list(layer._buffers.items()):
                 del layer._buffers[name]
                 layer.register_parameter(name, None if value is None else _parameter(value))
+            codec: Any = Codec(layer)
+            layer.convert_weight, layer.set_weight = codec.convert_weight, codec.set_weight
         if layer._parameters and not any(layer.children()):
             layer.comfy_cast_weights = False
             layer.weight_function, layer.bias_function = [], []

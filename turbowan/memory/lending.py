@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,20 @@ class Lender:
         adjusts: Callable[[nn.Module], bool] | None = None,
         before: Callable[[], None] | None = None,
     ) -> None:
-        self._units = list(units)
+        self._units = [ref(unit) for unit in units]  # a cycle would keep a network until Python looks for cycles
+        self._known = {id(unit) for unit in units}
         self._adjust, self._adjusts, self._before = adjust, adjusts or (lambda _: False), before
         self._ready: dict[int, Copies] = {}  # copies that are there or under way, by unit
         self._owned: dict[int, Copies] = {}  # what the copies stand for, by unit that runs
         self._stream: Any = None
-        self._leaves = [list(self._leaves_of(unit)) for unit in self._units]
-        for i, unit in enumerate(self._units):
+        for i, unit in enumerate(units):
             unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
             unit.register_forward_hook(self._leave_hook(i), always_call=True)
 
     def _leaves_of(self, unit: nn.Module) -> Iterator[nn.Module]:
         """The modules beneath a unit, itself included, that hold weights themselves."""
         for module in unit.children():
-            if not any(module is other for other in self._units):
+            if id(module) not in self._known:
                 yield from self._leaves_of(module)
         if unit._parameters:
             yield unit
@@ -99,8 +100,10 @@ class Lender:
 
     def _copies(self, i: int, device: torch.device) -> Copies:
         copies: Copies = []
+        unit = self._units[i]()
+        assert unit is not None
         made: dict[Tensor, Tensor] = {}  # weights that two modules share are copied once
-        for module in self._leaves[i]:
+        for module in self._leaves_of(unit):
             adjusted = self._adjusts(module)
             for name, weight in module._parameters.items():
                 if weight is not None and (adjusted or weight.device != device):
