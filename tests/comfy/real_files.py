@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from real_server import REPOSITORY
 
 from turbowan.checkpoints.convert import convert_checkpoint
@@ -16,11 +17,19 @@ from turbowan.checkpoints.official import write_transformer
 from turbowan.checkpoints.quantize import quantize_transformer
 from turbowan.models.transformer import TransformerConfig, WanTransformer
 from turbowan.models.vae import WanVAE
+from turbowan.world.pictures import draw_pictures
 
 TINY = REPOSITORY / "turbowan" / "assets" / "tiny"
 EXPERTS = ("TurboWan2.2-I2V-A14B-high-720P-quant.pth", "TurboWan2.2-I2V-A14B-low-720P-quant.pth")
 VAE, TEXT_ENCODER = "wan_2.1_vae.safetensors", "nsfw_wan_umt5-xxl_fp8_scaled.safetensors"
 WIDTH, HIDDEN, LAYERS, HEADS, VOCABULARY = 4096, 10240, 24, 64, 256384  # of umT5-xxl; ComfyUI takes no other
+
+
+def write_picture(folder: Path) -> None:
+    """A still picture of 512x320 to start from, under the name of the one that comes with every ComfyUI."""
+    drawn = draw_pictures(1, torch.Generator().manual_seed(1), "cpu", 320)[0, :, :320, :512]
+    pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(folder / "example.png")
 
 
 def write_experts(folder: Path, text_dim: int) -> None:
@@ -52,7 +61,7 @@ def write_sparse_umt5(folder: Path) -> None:
     fp8, one = "F8_E4M3", np.ones(WIDTH, dtype=np.float16)
     rows = np.random.default_rng(0).integers(0, 0x38, (1024, WIDTH), dtype=np.uint8)  # 0 to 1 in e4m3
     parts: dict[str, tuple[str, tuple[int, ...], np.ndarray | None]] = {
-        "scaled_fp8": (fp8, (2,), None),
+        "scaled_fp8": (fp8, (0,), None),
         "spiece_model": ("U8", pieces.shape, pieces),
         "shared.weight": (fp8, (VOCABULARY, WIDTH), rows),
         "encoder.final_layer_norm.weight": ("F16", (WIDTH,), one),

@@ -136,6 +136,20 @@ def graphs_that_users_saved_open(page: Any, folder: Path) -> str:
 
 
 @cases
+def examples_open(page: Any, folder: Path) -> str:
+    """As the page reads them, the graphs as the editor saves them are those in the API's form beside them."""
+    names = sorted(path.stem for path in (REPOSITORY / "example_workflows").glob("*.json"))
+    assert names, "there are no examples"
+    offered = [name for found in page.server.get("/workflow_templates").values() for name in found]
+    assert set(names) <= set(offered), f"templates of the page: {offered}"
+    for name in names:
+        path = REPOSITORY / "example_workflows" / f"{name}.json"
+        page.load(json.loads(path.read_text()), name)
+        assert page.prompt() == json.loads((path.parent / "api" / path.name).read_text()), f"{name}: two graphs"
+    return f"{', '.join(names)}; all among the page's templates"
+
+
+@cases
 def other_graphs_are_left_alone(page: Any, folder: Path) -> str:
     """A graph without a node of ours keeps what it asks for, known or not."""
     values = ["enable", 42, "fixed", 4, 1.0, "euler", "bong_tangent", 0, 2, "enable"]
