@@ -46,8 +46,9 @@ def condition(
     channels = getattr(vae, "latent_channels", None)
     if channels != LATENT_CHANNELS:
         raise RequestError(f"vae: the Wan 2.1 VAE ({LATENT_CHANNELS} channels) is wanted, got {channels or 'none'}")
-    known = image[:num_frames, :, :, :3].movedim(-1, 1)
-    known = comfy.utils.common_upscale(known, width, height, *fit).movedim(1, -1)
+    known = image[:num_frames, :, :, :3]
+    if known.shape[1:3] != (height, width):
+        known = comfy.utils.common_upscale(known.movedim(-1, 1), width, height, *fit).movedim(1, -1)
     clip = torch.full((num_frames, height, width, 3), 0.5)  # 0.0 to the VAE
     clip[: len(known)] = known
     latent = vae.encode(clip)

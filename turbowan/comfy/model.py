@@ -141,7 +141,7 @@ class WanModel(comfy.model_base.WAN21):
         self.source = source  # the file's name
 
 
-_loaded: WeakValueDictionary[tuple, WanModel] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple, Patcher] = WeakValueDictionary()
 
 
 def load_model(path: Path, attention: str, sla_topk: float, offload_mode: str) -> Patcher:
@@ -156,16 +156,17 @@ def load_model(path: Path, attention: str, sla_topk: float, offload_mode: str) -
     dtype = _dtype(device)
     status = path.stat()
     key = (str(path), status.st_mtime_ns, status.st_size, dtype, offload_mode)
-    model = _loaded.get(key)
-    if model is None:
+    whole = _loaded.get(key)
+    if whole is None:
         net = load_transformer(path, "cpu", dtype)
         rounds = _rounds(path, read(path, "transformer")[1], net)
-        model = _loaded[key] = WanModel(Network(net, rounds), dtype, path.name)
+        model = WanModel(Network(net, rounds), dtype, path.name)
         log.info("turbowan: %s", describe(path, model))
-    patcher = Patcher(model, load_device=device, offload_device=offload)
-    how = choose_attention(model.diffusion_model.config, str(path), attention, sla_topk)
+        whole = _loaded[key] = Patcher(model, load_device=device, offload_device=offload)
+        whole.host_only = offload_mode == "layerwise_gpu"
+    patcher = whole.clone()  # clones know of each other, so that ComfyUI loads their weights once
+    how = choose_attention(whole.model.diffusion_model.config, str(path), attention, sla_topk)
     patcher.model_options["transformer_options"][ATTENTION_OPTION] = how
-    patcher.host_only = offload_mode == "layerwise_gpu"
     return patcher
 
 
