@@ -18,8 +18,8 @@ from real_server import REPOSITORY, Server, python_of
 
 sys.path.insert(0, str(REPOSITORY))
 
-from real_page import Page
 from real_files import write_picture
+from real_page import Page
 from real_reference import read_frames
 
 EXAMPLES = REPOSITORY / "example_workflows"
@@ -49,8 +49,8 @@ LAYOUTS: dict[str, tuple[list[list[int]], str]] = {
         [[1, 2, 3], [4, 6], [5], [7], [8]],
         "**For small cards.** `layerwise_gpu` leaves the weights in host memory: each block borrows the card for its"
         " turn. Text encoder and VAE are loaded by the node that needs them, frames are decoded in tiles.\n\n"
-        "With Wan 2.2: the `-quant` files of both experts, `sla_topk` 0.1, 832 x 480, 81 frames. Both experts lie in host"
-        " memory then, 27 GiB.",
+        "With Wan 2.2: the `-quant` files of both experts, `sla_topk` 0.1, 832 x 480, 81 frames. Both experts lie in"
+        " host memory then, 27 GiB.",
     ),
 }
 
