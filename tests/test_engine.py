@@ -23,9 +23,9 @@ from turbowan.engine import EMBEDDED
 from turbowan.errors import CheckpointError, MachineError, RequestError
 from turbowan.media.image import to_tensor
 from turbowan.models.image_encoder import ImageEncoder
-from turbowan.models.transformer import TransformerConfig, WanTransformer
+from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
 from turbowan.sampling import rcm
-from turbowan.stages import Run, image_condition, to_uint8
+from turbowan.stages import Execution, Run, image_condition, to_uint8
 from turbowan.world.analyse import analyse_camera, psnr
 from turbowan.world.pictures import draw_pictures, move_camera
 from turbowan.world.scenes import CAMERAS
@@ -83,6 +83,7 @@ def test_result_holds_what_was_asked_for(tiny):
     assert result.peak_memory["host"] > 10**8
     assert result.settings["num_steps"] == 2
     assert result.settings["guidance_scale"] == tiny.manifest.guidance_scale
+    assert (result.settings["precision"], result.settings["linears"]) == ("float32", "int8_block")
 
 
 def test_a_seed_repeats_bit_by_bit_and_another_does_not(tiny):
@@ -245,6 +246,50 @@ def test_image_to_video_with_clip_tokens(tmp_path, fresh_seed, relative_error):
         expected = rcm.sample(velocity, [noise], times)
     assert relative_error(first, expected) < 1e-4
     assert relative_error(latent(wide[:, ::-1].copy()), first) > 1e-3
+
+
+def test_linear_layers_as_asked_for(tiny):
+    """On a CPU "auto" keeps what the file has; another format is another network, loaded anew and said."""
+    results = {
+        precision: quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=1, precision=precision, **SMALL))
+        for precision in ("auto", "int8_block", "int8", "fp8", "float32")
+    }
+    formats = {precision: result.settings["linears"] for precision, result in results.items()}
+    blocks = dict.fromkeys(("auto", "int8_block", "float32"), "int8_block")
+    assert formats == {**blocks, "int8": "int8_row", "fp8": "fp8_row"}
+    same = {name: np.array_equal(result.frames, results["auto"].frames) for name, result in results.items()}
+    assert same == {"auto": True, "int8_block": True, "float32": True, "int8": False, "fp8": False}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "linears"),
+    [
+        ((7, 5), torch.float16, "int8_block"),
+        ((8, 0), torch.bfloat16, "int8_block"),
+        ((9, 0), torch.bfloat16, "int8_row"),
+        ((10, 3), torch.bfloat16, "bf16"),
+    ],
+)
+def test_what_auto_would_run_on_a_gpu(capability, dtype, linears, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("turbowan.ops.registry._installed", lambda package: True)
+
+    def execution(precision):
+        request = GenerateRequest(prompt="a red circle", precision=precision)
+        return Execution.of(request, torch.device("cuda"), AttentionConfig(), tiny.outlines)
+
+    how = execution("auto")
+    assert (how.dtype, how.facts()["linears"]) == (dtype, linears)
+    lines = list(how.changes(tiny.outlines))
+    assert len(lines) == (linears != "int8_block")
+    assert all(line.startswith(f"transformer: linear layers run as {linears} (") for line in lines)
+    assert all(line.endswith("--precision bf16 keeps the file's int8_block") for line in lines)
+    assert execution("bf16").facts() == {"precision": "bfloat16", "linears": "int8_block"}
+    assert execution("int8_block").facts()["linears"] == "int8_block"
+    assert execution("int8").facts()["linears"] == "int8_row"
+    plain, planned = tiny.part_sizes(how.dtype), tiny.part_sizes(how.dtype, how)
+    assert (planned["transformer"] > 1.5 * plain["transformer"]) == (linears == "bf16")
+    assert {role: size for role, size in plain.items() if role != "transformer"}.items() <= planned.items()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

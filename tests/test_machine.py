@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+UNMEASURED = "PyTorch {} is supported but not measured by us; tested: 2.11 (on a GPU) and 2.13 (on a CPU)"
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
@@ -30,6 +31,21 @@ def test_pytorch_that_does_not(version: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(MachineError, match=rf"PyTorch {re.escape(version)} .*; install torch >= 2"):
         machine.check_torch()
+
+
+@pytest.mark.parametrize(
+    ("version", "on_gpu", "line"),
+    [
+        ("2.11.0+cu130", True, None),
+        ("2.13.0+cpu", False, None),
+        ("2.13.1", False, None),
+        ("2.7.1", True, UNMEASURED.format("2.7.1")),
+        ("2.13.0", True, UNMEASURED.format("2.13.0")),
+        ("2.9.1", True, None),  # a problem, which says more
+    ],
+)
+def test_pytorch_that_was_not_measured(version: str, on_gpu: bool, line: str | None) -> None:
+    assert machine.torch_note(version, on_gpu) == line
 
 
 def test_the_required_packages_are_those_of_the_project() -> None:

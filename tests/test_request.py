@@ -43,7 +43,10 @@ from turbowan.request import GenerateRequest, parse_bytes
         ({"shift": float("inf")}, "shift must be a number, got inf"),
         ({"fps": 0}, "fps must be from 1 to 240, got 0"),
         ({"attention": "flash"}, "attention must be one of"),
-        ({"precision": "fp4"}, "precision must be one of"),
+        (
+            {"precision": "fp4"},
+            "precision must be one of auto, float32, bf16, int8, fp8, int8_block, got 'fp4'",
+        ),
         ({"memory": "tight"}, "memory must be one of"),
         ({"noise_device": "mps"}, "noise_device must be one of cpu, cuda"),
         ({"gpu_budget": "lots"}, "a memory size looks like 12GB or 12GiB, got 'lots'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .checkpoints.tokenizer import find_tokenizer
 from .clock import Progress as Progress
 from .clock import ProgressCallback
-from .errors import CheckpointError, MachineError, RequestError
+from .errors import CheckpointError, MachineError, Note, RequestError
 from .machine import check_torch, peak_host_memory
 from .media.image import read_image
 from .memory.plan import make_plan, weight_bytes
@@ -106,8 +107,11 @@ class Engine:
             self.config, self.manifest.name, settings.attention, settings.sla_topk, **self.blocks
         )
         settings = replace(settings, attention=attention.kind, num_samples=len(prompts))
-        how = Execution.of(request, self.device, attention)
-        sizes = self.part_sizes(how.dtype)
+        how = Execution.of(request, self.device, attention, self.outlines)
+        if request.precision == "auto":
+            for line in how.changes(self.outlines):
+                warnings.warn(line, Note, stacklevel=2)
+        sizes = self.part_sizes(how.dtype, how)
         plan = make_plan(request.memory, sizes, self.device, request.gpu_budget, self.parts.nbytes)
         self.parts.keep = plan.keep
         report = progress or (lambda _: None)
@@ -130,7 +134,7 @@ class Engine:
             videos=videos,
             fps=settings.fps,
             seed=settings.seed,
-            settings={"model": self.manifest.name, **settings.as_dict()},
+            settings={"model": self.manifest.name, **settings.as_dict(), **how.facts()},
             stages=run.clock.seconds,
             peak_memory=peak_memory(self.device),
         )
@@ -139,9 +143,10 @@ class Engine:
     def needs_image(self) -> bool:
         return self.config.in_dim > self.config.out_dim
 
-    def part_sizes(self, dtype: torch.dtype) -> dict[str, int]:
-        """Bytes of weights per role, once loaded in this dtype."""
-        return {role: weight_bytes(part, dtype) for role, part in self.outlines.items()}
+    def part_sizes(self, dtype: torch.dtype, how: Execution | None = None) -> dict[str, int]:
+        """Bytes of weights per role, once loaded in this dtype; `how` tells which transformers are expanded to it."""
+        whole = {role for role, choice in how.linears.items() if choice.format == "bf16"} if how else set()
+        return {role: weight_bytes(part, dtype, role in whole) for role, part in self.outlines.items()}
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -18,6 +18,7 @@ REQUIRED = {  # the oldest versions that serve
     "torch": "2.7", "numpy": "1.26", "safetensors": "0.4.5", "transformers": "4.48", "sentencepiece": "0.2",
     "ftfy": "6.1", "huggingface_hub": "0.27", "av": "13", "pillow": "10", "typer": "0.12", "rich": "13",
 }  # fmt: skip
+TESTED = {"GPU": "2.11", "CPU": "2.13"}  # the PyTorch that our tests and measurements ran with
 OPTIONAL = {"triton": "torch.compile and kernels on a GPU", "diffusers": "comparisons with its models in the tests"}
 
 
@@ -27,12 +28,21 @@ def torch_problem(version: str) -> str | None:
     2.9 computes bfloat16 3-D convolutions, all of the VAE, without cuDNN: 4 to 20 times slower and in 3 to 17 times the
     memory, and wrongly with some cuDNN versions (pytorch issues 166643, 166122, 163539).
     """
-    found = _numbers(version)
-    if found < _numbers(REQUIRED["torch"]):
+    found = version_numbers(version)
+    if found < version_numbers(REQUIRED["torch"]):
         return f"PyTorch {version} is too old; install torch >= {REQUIRED['torch']}"
     if found[:2] == (2, 9):
         return f"PyTorch {version} breaks the VAE (its bfloat16 conv3d); install torch >= 2.10, or 2.8"
     return None
+
+
+def torch_note(version: str, on_gpu: bool) -> str | None:
+    """A line where a PyTorch serves but none of our figures and tests were made with it; None where they were."""
+    tested = TESTED["GPU" if on_gpu else "CPU"]
+    if torch_problem(version) is not None or version_numbers(version)[:2] == version_numbers(tested):
+        return None
+    where = " and ".join(f"{release} (on a {place})" for place, release in TESTED.items())
+    return f"PyTorch {version} is supported but not measured by us; tested: {where}"
 
 
 def check_torch() -> None:
@@ -59,7 +69,7 @@ def package_problems(versions: dict[str, str | None]) -> list[str]:
             problems += [problem] if problem else []
         elif version is None:
             problems.append(f"the package {name} is missing; run: pip install '{name}>={oldest}'")
-        elif _numbers(version) < _numbers(oldest):
+        elif version_numbers(version) < version_numbers(oldest):
             problems.append(f"{name} {version} is too old; run: pip install '{name}>={oldest}'")
     return problems
 
@@ -118,7 +128,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """2.13.0+cpu -> (2, 13, 0); 2.9.0a0+git -> (2, 9, 0)."""
     return tuple(int(n) for n in re.findall(r"\d+", re.match(r"[\d.]*", version).group()))  # type: ignore[union-attr]
 

@@ -17,7 +17,7 @@ from .specs import ASPECT_RATIOS, FRAME_STEP, RESOLUTIONS, SIZE_STEP
 
 SAMPLERS = ("rcm", "euler", "unipc")
 ATTENTION = ("auto", "original", "sla", "sagesla")
-PRECISIONS = ("auto", "float32", "bf16", "int8", "fp8")
+PRECISIONS = ("auto", "float32", "bf16", "int8", "fp8", "int8_block")
 MEMORY = ("auto", "speed", "balanced", "minimal")
 NORMS = ("exact", "official")
 MAX_PROMPT = 5_000  # characters; the encoder reads 512 tokens
@@ -36,8 +36,9 @@ class GenerateRequest:
     boundary: time (0..1) at which two experts switch. guidance_scale: 1 means no guidance. shift: of euler and unipc.
     seed: 0..2^64-1. noise_device: "cpu" (the same noise on every machine) or "cuda" (the official code's).
     num_samples: videos from one prompt. attention: "auto", "original", "sla", "sagesla"; sla_topk: share of key blocks.
-    precision: "auto" (the device's), "float32", "bf16"; or "int8", "fp8": the transformer's linear layers in 8 bits, a
-    scale per row, whatever the file holds. norms: "exact" or "official".
+    precision: "auto" (the device's; a file's 8-bit linear layers in the format that is fast there); "float32", "bf16"
+    (linear layers as the file has them); or the transformer's linear layers in 8 bits, whatever the file holds: "int8",
+    "fp8" (a scale per row), "int8_block" (per 128 x 128 block, the official format). norms: "exact" or "official".
     memory: "auto", "speed", "balanced" or "minimal". gpu_budget: bytes, or a text such as "12GB".
 
     Raises:

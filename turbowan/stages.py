@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
-from .checkpoints.manifest import Manifest
+from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
 from .memory.residency import Residency
-from .models.pack import prepare
+from .models.pack import file_format, prepare
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
+from .ops import FormatChoice, choose_format, compute_dtype
 from .request import GenerateRequest
 from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
 from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
-LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row"}  # by the request's precision
+LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}  # by the request's precision
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
 
@@ -46,26 +47,61 @@ class Condition:
 class Execution:
     """How the numbers are made, whatever they mean.
 
-    dtype: of weights and activations. linears: the 8-bit format that the transformer's linear layers are turned into;
-    None leaves them as the file has them.
+    dtype: of weights and activations. linears: by the transformer's role, what its linear layers run in, and why.
     """
 
     device: torch.device
     dtype: torch.dtype
     attention: AttentionConfig
     norms: str
-    linears: str | None = None
+    linears: Mapping[str, FormatChoice]
 
     @classmethod
-    def of(cls, request: GenerateRequest, device: torch.device, attention: AttentionConfig) -> Execution:
-        """As a request wants it: "float32" and "bf16" name the dtype, all else leaves it to the device."""
-        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(request.precision, auto)
-        return cls(device, dtype, attention, request.norms, LINEAR_FORMATS.get(request.precision))
+    def of(
+        cls,
+        request: GenerateRequest,
+        device: torch.device,
+        attention: AttentionConfig,
+        outlines: Mapping[str, nn.Module],
+    ) -> Execution:
+        """As a request wants it.
+
+        "float32" and "bf16" name the dtype and leave linear layers as the files have them; all else leaves the dtype to
+        the device. "auto" also leaves it the format of linear layers: see `ops.choose_format`.
+
+        Args:
+            outlines: the parts by role, on the meta device.
+        """
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(request.precision, compute_dtype(capability))
+        files = {role: file_format(part) for role, part in outlines.items() if role in TRANSFORMERS}
+        if request.precision == "auto":
+            linears = {role: choose_format(capability, own) for role, own in files.items()}
+        else:
+            wanted = LINEAR_FORMATS.get(request.precision)
+            linears = {role: FormatChoice(wanted or own, "as asked for") for role, own in files.items()}
+        return cls(device, dtype, attention, request.norms, linears)
 
     def variant(self, role: str) -> tuple[torch.dtype, str | None]:
         """What tells two loaded forms of a part apart."""
-        return self.dtype, self.linears if role in _ROLE_OF.values() else None
+        return self.dtype, self.linears[role].format if role in self.linears else None
+
+    def facts(self) -> dict[str, str]:
+        """For a record. precision: the dtype; linears: "int8_row", say, or each expert's format where they differ."""
+        formats = {role: choice.format for role, choice in self.linears.items()}
+        one = len(set(formats.values())) == 1
+        linears = next(iter(formats.values())) if one else ", ".join(f"{role} {f}" for role, f in formats.items())
+        return {"precision": str(self.dtype).removeprefix("torch."), "linears": linears}
+
+    def changes(self, outlines: Mapping[str, nn.Module]) -> Iterator[str]:
+        """A line for each transformer whose linear layers run in another format than its file's."""
+        for role, choice in self.linears.items():
+            own = file_format(outlines[role])
+            if choice.format != own:
+                yield (
+                    f"{role.replace('_', ' ')}: linear layers run as {choice.format} ({choice.why});"
+                    f" --precision bf16 keeps the file's {own}"
+                )
 
 
 class Run:
@@ -107,10 +143,13 @@ class Run:
 
         return self.parts.get(role, self.how.variant(role), timed)
 
-    def _load_transformer(self, path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-        net = load_transformer(path, device, dtype)
-        prepare(net, self.how.linears)
-        return net
+    def _expert_net(self, role: str) -> WanTransformer:
+        def load(path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
+            net = load_transformer(path, device, dtype)
+            prepare(net, self.how.linears[role].format)
+            return net
+
+        return self._part(role, load)  # type: ignore[no-any-return]
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
@@ -213,9 +252,9 @@ class Run:
             self._told = None  # or it would keep the other expert in memory
             with self.clock.stage("switch"):
                 self.parts.done("high_noise")
-                net = self._part("low_noise", self._load_transformer)
+                net = self._expert_net("low_noise")
         else:
-            net = self._part(_ROLE_OF[name], self._load_transformer)
+            net = self._expert_net(_ROLE_OF[name])
         self._expert = name
         net.attention, net.norms = self.how.attention, self.how.norms
         return net

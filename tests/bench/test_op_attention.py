@@ -34,5 +34,5 @@ def test_a_sweep_runs_every_candidate(kernels, monkeypatch):
     monkeypatch.setitem(SHAPES, "small", (70, 128, 256))
     monkeypatch.setattr(op_attention, "time_case", once)
     records = [list(op_attention.sweep("small", (i, 2), 7, kernels.type)) for i in range(2)]
-    assert sum(map(len, records)) > 50
+    assert sum(map(len, records)) > 40
     assert all(record["ms"] == {"p50": 7} and "peak_gib" not in record for part in records for record in part)

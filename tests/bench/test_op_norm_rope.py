@@ -39,5 +39,5 @@ def test_a_sweep_runs_every_candidate(bench, monkeypatch, kernels):
     monkeypatch.setattr(op_norm, "time_case", once)
     records = [list(bench.sweep("small", (i, 2), 7, kernels.type)) for i in range(2)]
     configs = [str(record["config"]) + record["kernel"] for part in records for record in part]
-    assert len(set(configs)) == len(configs) > 15
+    assert len(set(configs)) == len(configs) > 12
     assert all(record["ms"] == {"p50": 7} and "peak_gib" not in record for part in records for record in part)

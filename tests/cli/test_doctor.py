@@ -23,6 +23,7 @@ from turbowan.engine import Engine
 from turbowan.media import video
 from turbowan.ops import OPERATIONS, force
 from turbowan.ops.registry import Constraints, Implementation
+from turbowan.ops.rows import FORMATS
 from turbowan.request import GenerateRequest
 
 PACKAGE = Path(machine.__file__).parent
@@ -57,6 +58,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         implementations = [watched(name, i) for i in operation.implementations]
         monkeypatch.setattr(operation, "implementations", implementations)
         monkeypatch.setattr(operation, "eager", implementations[0].function)
+        monkeypatch.setattr(operation, "_chosen", {})
     return seen
 
 
@@ -88,6 +90,7 @@ def test_its_answers_are_what_is_dispatched(name, monkeypatch) -> None:
         told = [replace(i, function=lambda *_, name=i.name: name) for i in implementations]
         monkeypatch.setattr(operation, "implementations", told)
         monkeypatch.setattr(operation, "eager", told[0].function)
+        monkeypatch.setattr(operation, "_chosen", {})
 
     own = list(operation.implementations)
     named(own)
@@ -140,6 +143,32 @@ def test_plain_text_cuts_nothing(doctor) -> None:
             for other, reason in choice["others"].items():
                 assert f"{other}: {reason}" in line
     assert any(sys.executable in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "line"),
+    [
+        ([7, 5], "float16", "int8_block   8 bits have no kernel here (not measured, after NVIDIA's T4 datasheet)"),
+        ([8, 0], "bfloat16", "int8_block   none within 0.015 is 3 times as fast (not measured, after NVIDIA's A100"),
+        ([9, 0], "bfloat16", "int8_row   1.28 times as fast as the file's int8_block; adds 0.0123, within 0.015"),
+        ([12, 0], "bfloat16", "int8_block   none within 0.015 is 3 times as fast (not measured, after NVIDIA's RTX"),
+    ],
+)
+def test_what_auto_would_run_on_a_gpu(capability, dtype, line, doctor, monkeypatch) -> None:
+    device = {"name": "a GPU", "capability": capability, "memory": 8 * 10**9, "memory_free": 10**9}
+    monkeypatch.setattr(machine, "cuda_devices", lambda: [device])
+    monkeypatch.setattr("turbowan.ops.registry._installed", lambda package: True)
+    place = f"cuda {capability[0]}.{capability[1]} {dtype}"
+    _, out = doctor()
+    (found,) = [text for text in out.splitlines() if text.split()[:1] == ["int8_block"] and place in text]
+    uses, why = line.split("   ")
+    assert found.split(place)[1].split()[0] == uses
+    assert why in found
+    report = examine()["linears"]
+    assert set(report) == {"cpu float32", place}
+    assert report[place]["int8_block"]["uses"] == uses
+    assert report[place]["int8_block"]["measured"] == (capability == [9, 0])
+    assert {name: choice["uses"] for name, choice in report["cpu float32"].items()} == {f: f for f in FORMATS}
 
 
 def test_the_encoders_are_tried(monkeypatch, tmp_path) -> None:

@@ -89,8 +89,9 @@ def test_request_says_everything_the_official_code_fixes():
     assert official.request(args, "cuda") == GenerateRequest(
         prompt="a cat", resolution="480p", aspect_ratio="16:9", num_frames=81, fps=16, num_steps=4, sampler="rcm",
         sigma_max=80, guidance_scale=1, seed=0, noise_device="cuda", num_samples=1, attention="sagesla", sla_topk=0.1,
-        norms="official",
+        norms="official", precision="bf16",
     )  # fmt: skip
+    assert official.request(args, "cpu").precision == "auto"  # float32
 
 
 @pytest.mark.parametrize(

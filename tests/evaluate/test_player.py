@@ -98,6 +98,7 @@ def test_facts_say_how_it_was_sampled(players: Players, small_i2v: Path) -> None
     assert facts == {
         "model": "small-i2v", "sampler": "rcm", "num_steps": 1, "ode": True, "sigma_max": 80.0, "shift": 5.0,
         "guidance_scale": 1.0, "boundary": 0.9, "attention": "sla", "sla_topk": 0.5, "precision": "bfloat16",
+        "linears": "bf16",
         "exact": str(small_i2v),
     }  # fmt: skip
 

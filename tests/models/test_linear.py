@@ -65,3 +65,24 @@ def test_fp8_without_bias():
     layer.weight.copy_(torch.eye(4, 8).to(torch.float8_e4m3fn))
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), x[:, :4])
+
+
+@pytest.mark.parametrize("name", ["self_attn.q", "cross_attn.o", "ffn.0", "ffn.2"])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_who_changes_a_layer_is_heard(name, how, make_transformer, relative_error):
+    """A plain layer's product is taken without calling it, unless somebody hooked into it or replaced its `forward`."""
+    net = make_transformer()
+    inputs = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 48)
+    before = net(*inputs)
+    layer = net.blocks[1].get_submodule(name)
+    if how == "hook":
+        layer.register_forward_hook(lambda _, __, out: out.roll(1, dims=-1))
+    else:
+        plain = layer.forward
+        layer.forward = lambda x: plain(x).roll(1, dims=-1)
+    after = net(*inputs)
+    assert relative_error(after, before) > 1e-3
+    layer._forward_hooks.clear()
+    vars(layer).pop("forward", None)
+    layer.weight, layer.bias = (nn.Parameter(x.roll(1, dims=0)) for x in (layer.weight, layer.bias))
+    assert relative_error(net(*inputs), after) <= 1e-5

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from turbowan.models.linear import Fp8RowLinear, Int8BlockLinear, Int8RowLinear
-from turbowan.models.pack import join_qkv, prepare, round_linears
+from turbowan.models.linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear
+from turbowan.models.pack import file_format, full_weight, join_qkv, prepare, round_linears
 from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
 
 KINDS = {"int8_row": Int8RowLinear, "int8_block": Int8BlockLinear, "fp8_row": Fp8RowLinear}
@@ -75,6 +75,39 @@ def test_from_one_format_to_another(net, relative_error):
 
 
 def test_on_a_cpu_layers_keep_their_names(net):
-    prepare(net, None)
+    prepare(net, "bf16")
     assert net.blocks[0].self_attn.qkv is None
     assert type(net.blocks[0].self_attn.q) is nn.Linear
+
+
+def test_the_format_of_a_file(net):
+    assert file_format(net) == "bf16"
+    for format in KINDS:
+        prepare(net, format)
+        assert file_format(net) == format
+    block = net.blocks[1]
+    block.ffn[0] = nn.Linear(256, 384)
+    assert file_format(net) == "mixed"
+    before = dict(net.named_modules())
+    prepare(net, "mixed")
+    assert dict(net.named_modules()) == before
+    for module in net.blocks.modules():
+        for name in [name for name, layer in module.named_children() if isinstance(layer, (nn.Linear, Fp8RowLinear))]:
+            setattr(module, name, Fp8Linear(8, 8))
+    prepare(net, "int8_row")
+    assert file_format(net) == "int8_row"
+
+
+def test_8_bit_layers_expanded_to_full_precision(net, relative_error):
+    round_linears(net, "int8_block")
+    rounded = velocity(net)
+    layer = net.blocks[0].ffn[0]
+    weight = full_weight(layer)
+    round_linears(net, "bf16")
+    assert file_format(net) == "bf16"
+    assert torch.equal(net.blocks[0].ffn[0].weight, weight)
+    assert torch.equal(net.blocks[0].ffn[0].bias, layer.bias)
+    assert 0 < relative_error(velocity(net), rounded) < ERRORS["int8_block"]
+    kept = net.blocks[0].ffn[0]
+    round_linears(net, "bf16")
+    assert net.blocks[0].ffn[0] is kept

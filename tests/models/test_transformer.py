@@ -12,7 +12,7 @@ from turbowan import ops
 from turbowan.checkpoints import load_transformer
 from turbowan.errors import RequestError
 from turbowan.models.linear import Fp8Linear
-from turbowan.models.pack import prepare
+from turbowan.models.pack import file_format, prepare
 from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, unpatchify
 
 TEXT_ROWS = 512
@@ -36,7 +36,7 @@ ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
 def official(path, device, **options):
     """A recorded network: in float32 on a CPU, on a GPU as the engine runs it."""
     net = load_transformer(path, device, torch.bfloat16 if device == "cuda" else torch.float32, **options)
-    prepare(net, None)
+    prepare(net, file_format(net))
     return net
 
 

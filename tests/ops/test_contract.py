@@ -70,6 +70,10 @@ SAMPLES = {
         lambda: (draw(2, 130, 140), "int8_block"),
         lambda: (draw(1, 130, 140), "fp8_row"),
     ],
+    "linear": [
+        lambda: (draw(5, 24), draw(9, 24), draw(9), "gelu_tanh"),
+        lambda: (draw(1, 24), draw(9, 24), None, "none"),
+    ],
     "layer_norm": [
         lambda: (draw(2, 7, 96), draw(96), draw(96), 1e-6, "exact"),
         lambda: (draw(2, 7, 96), None, None, 1e-6, "official"),

@@ -53,6 +53,16 @@ def test_zeros_and_halves(format, kernels):
     check(format, torch.stack([halves.clamp(-127, 127), halves.clamp(-128, 128), halves / 3]))
 
 
+def test_halves_of_every_largest_number(kernels):
+    """All that bfloat16 holds between a row's largest number and its 1,024th part, for every largest one: the factor
+    of such rows is chosen so that no division is needed."""
+    digits = torch.arange(128, 256, 1 if ON_GPU else 9)
+    x = (digits / 2 ** torch.arange(11)[:, None]).flatten().expand(len(digits), -1)
+    x = torch.where(x <= digits[:, None], x, 0.0) * (-1) ** torch.arange(len(digits))[:, None]
+    check("int8_row", x.to(kernels, torch.bfloat16))
+    check("int8_row", x.mul(2.0**-30).to(kernels, torch.bfloat16))  # below the least scale
+
+
 @pytest.mark.parametrize("format", PAIRS)
 def test_every_code_and_scale_is_written(format, kernels, monkeypatch):
     stores = []

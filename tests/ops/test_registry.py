@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def rms_norm(monkeypatch):
     """The operation with its eager twin alone; its list of implementations is put back afterwards."""
     operation = OPERATIONS["rms_norm"]
     monkeypatch.setattr(operation, "implementations", operation.implementations[:1])
+    monkeypatch.setattr(operation, "_chosen", {})
     return operation
 
 
@@ -49,6 +51,18 @@ def inputs():
         (Constraints(min_capability=(9, 0)), H100, None),
         (Constraints(min_capability=(10, 0)), H100, "needs compute capability (10, 0), got (9, 0)"),
         (Constraints(min_capability=(8, 0)), CPU, "needs compute capability (8, 0), got None"),
+        (Constraints(torch_from={(8, 0): "2.8"}), replace(H100, pytorch="2.8.0+cu128"), None),
+        (
+            Constraints(torch_from={(8, 0): "2.7", (9, 0): "2.10"}),
+            replace(H100, pytorch="2.8.0"),
+            "needs PyTorch 2.10 for compute capability (9, 0), got 2.8.0",
+        ),
+        (
+            Constraints(torch_from={(8, 0): "2.7", (9, 0): None, (10, 0): "2.7"}),
+            H100,
+            "no PyTorch is known to have it for compute capability (9, 0)",
+        ),
+        (Constraints(torch_from={(8, 0): None}), CPU, None),
     ],
 )
 def test_constraints_say_why(constraints, facts, reason):

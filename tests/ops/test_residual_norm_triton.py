@@ -36,7 +36,7 @@ def check_rows(ours, theirs, args):
     x_new, *_, shift, scale = args
     size = theirs.float().abs().unflatten(0, (x_new.shape[0], -1))
     if scale is not None:
-        size = size + 2 * shift.abs()  # |normed * (1 + scale)| is at most |row| + |shift|
+        size = 2 * size + 2 * shift.abs()  # |normed * (1 + scale)| is at most |row| + |shift|; the row is rounded again
     step = torch.finfo(ours.dtype).eps * (4 if ours.dtype == torch.float32 else 1)
     difference = (ours.float() - theirs.float()).abs()
     assert (difference <= step * size.flatten(0, 1) + 1e-5).all(), f"off by {difference.max()}"

@@ -11,7 +11,7 @@ from turbowan.ops.block_map import block_means
 
 pytest.importorskip("triton")
 from turbowan.ops.triton import sage_attention, sage_quantize, sparse_attention
-from turbowan.ops.triton.linear_state import linear_state
+from turbowan.ops.triton.linear_state import Config, candidates, linear_state
 from turbowan.ops.triton.sparse_linear_attention import sparse_linear_attention as whole
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -28,8 +28,8 @@ GEOMETRIES = [(128, 64), (64, 128), (64, 64)]
 def configs(block_q, block_k):
     """The table's choice (None), loads without descriptors, and the kernel for Hopper; all of them are the sweep's."""
     if ON_GPU:
-        by_hand = [sparse_attention.Config(block_q, 3, 64, True, True)] if ON_HOPPER else []
-        return [None, sparse_attention.Config(128, 2), sparse_attention.Config(64, 2), *by_hand]
+        pipelined = [sparse_attention.Config(64, 3, descriptors=True)] if ON_HOPPER else []
+        return [None, sparse_attention.Config(128, 2), sparse_attention.Config(64, 2), *pipelined]
     return [sparse_attention.Config(192 - tile, 2, tile, tile == 64) for tile in (64, 128) if tile <= block_k]
 
 
@@ -61,7 +61,7 @@ def run(inputs, weight, bias, lists, block_q, block_k, config=None):
 
 def run_sage(inputs, weight, bias, lists, block_q, block_k, config=None):
     q, k, v = inputs
-    keys = sage_quantize.quantize_keys(k, k.float().mean(dim=1), block_k)
+    keys = sage_quantize.quantize_blocks(k, k.float().mean(dim=1), block_k)
     values = sage_quantize.quantize_values(v)
     state = linear_state(k, v, weight)
     return sage_attention.sage_attention(q, keys, values, lists, *state, bias, block_q, block_k, config)
@@ -82,6 +82,14 @@ def test_linear_state(kernels, guarded, relative_error, dtype, size, length):
     assert torch.equal(key_sums, again[1])
 
 
+@pytest.mark.parametrize("config", [*candidates(), Config(1), Config(2, 32, descriptors=False)], ids=str)
+def test_every_state_of_the_sweep(kernels, guarded, relative_error, config):
+    """Few programs of many tiles among them."""
+    (_, k, v), weight, *_ = draw(kernels, DTYPES[0], 200, 128, heads=1)
+    for ours, usual in zip(guarded(linear_state, k, v, weight, config), linear_state(k, v, weight), strict=True):
+        assert relative_error(ours, usual) <= BARS[DTYPES[0]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:1] if ON_GPU else DTYPES[1:], ids=str)
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(("block_q", "block_k"), GEOMETRIES)
@@ -94,6 +102,23 @@ def test_sparse_attention(kernels, guarded, relative_error, dtype, size, block_q
         assert ours.dtype == dtype
         assert relative_error(ours, expected) <= BARS[dtype], config
         assert torch.equal(ours, run(*case, block_q, block_k, config)), config
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize(
+    ("length", "kept", "heads", "size"),
+    [*((700, kept, 1, 128) for kept in (1, 2, 4)), *((640 + more, 5, 1, 128) for more in (1, 63, 64, 65)),
+     (4000, 5, 8, 128), (4033, 6, 8, 64)],
+)  # fmt: skip
+def test_programs_that_take_several_blocks(guarded, relative_error, block_k, length, kept, heads, size):
+    """Few and many key blocks, short last ones, and more query blocks than processors."""
+    case = draw("cuda", torch.bfloat16, length, size, 2, heads, kept, 128, block_k)
+    ours = guarded(run, *case, 128, block_k)
+    assert relative_error(ours, reference(*case, 128, block_k)) <= 5e-3
+    for _ in range(10):
+        assert torch.equal(run(*case, 128, block_k), ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
@@ -116,8 +141,9 @@ def test_e4m3_of_the_interpreter_is_pytorchs(kernels):
     v = torch.randn(1, 300, 1, 64) * torch.logspace(-4, 2, 300)[:, None, None]
     codes, scales = sage_quantize.quantize_values(v)
     expected = (v.transpose(1, 2) / scales[:, :, None]).to(torch.float8_e4m3fn).float()
-    assert torch.equal(codes[..., :300], expected.transpose(-1, -2))
-    assert (codes[..., 300:] == 0).all()
+    in_order = codes.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-4)  # see `sage_quantize.as_stored`
+    assert torch.equal(in_order[..., :300], expected.transpose(-1, -2))
+    assert (in_order[..., 300:] == 0).all()
 
 
 @pytest.mark.parametrize("run", [run, run_sage])

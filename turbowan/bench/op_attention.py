@@ -74,7 +74,7 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
     Args:
         shape: a key of `op_linear.SHAPES`: rows, D, F.
     """
-    from ..ops.triton import linear_state, sage_quantize, select_blocks
+    from ..ops.triton import sage_quantize, select_blocks
 
     at = Inputs(shape, device)
     flops = at.sparse_flops + 2 * at.branch_flops
@@ -85,12 +85,11 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
 
     select = partial(_select, at)
     yield Case("part: selection", select, at.shape, 0, sum(4 * x.numel() for x in (*at.means, at.lists)))
-    state = partial(linear_state.linear_state, at.k, at.v, at.weight)
-    yield Case("part: state", state, at.shape, at.branch_flops, 2 * at.bytes)
+    yield _state(at)
     yield _sparse(at)
     means = partial(select_blocks.block_means, at.k, at.blocks[1])
     yield Case("part: means of k", means, at.shape, 0, at.bytes)
-    keys = partial(sage_quantize.quantize_keys, at.k, at.k_mean, at.blocks[1])
+    keys = partial(sage_quantize.quantize_blocks, at.k, at.k_mean, at.blocks[1])
     yield Case("part: int8 keys", keys, at.shape, 0, at.bytes * 3 // 2)
     yield Case("part: e4m3 values", partial(sage_quantize.quantize_values, at.v), at.shape, 0, at.bytes * 5 // 2)
     yield _sage(at)
@@ -115,11 +114,13 @@ def sweep(
         Records for JSON: kernel, configuration, and its milliseconds, rate, share of the bound and distance from the
         table's choice (for short attention: from the eager twin); or what failed.
     """
-    from ..ops.triton import sage_attention, short_attention, sparse_attention
+    from ..ops.triton import linear_state, sage_attention, short_attention, sparse_attention
 
     some = slice(part[0], None, part[1])
     for blocks in ((128, 64), (64, 128)):
         at = Inputs(shape, device, blocks)
+        for state_config in linear_state.candidates()[some] if blocks == (128, 64) else ():
+            yield _timed(_state(at, state_config), state_config, repeats)
         for config in sparse_attention.candidates(*blocks)[some]:
             yield _timed(_sparse(at, config), config, repeats)
         for sage_config in sage_attention.candidates(*blocks)[some]:
@@ -142,6 +143,15 @@ def _select(at: Inputs) -> Tensor:
     return select_blocks(*at.means, token_means(at.means[1], at.length, at.blocks[1]), TOP_K)
 
 
+def _state(at: Inputs, config: Any = None) -> Case:
+    """What all keys leave for the linear branch."""
+    from ..ops.triton.linear_state import linear_state
+
+    run = partial(linear_state, at.k, at.v, at.weight, config)
+    error = None if config is None else lambda: max(map(_distance, run(), at.state))
+    return Case("part: state", run, at.shape, at.branch_flops, 2 * at.bytes, error=error)
+
+
 def _sparse(at: Inputs, config: Any = None) -> Case:
     """What follows selection and state."""
     from ..ops.triton.sparse_attention import sparse_attention
@@ -154,7 +164,7 @@ def _sage(at: Inputs, config: Any = None) -> Case:
     """The same in 8 bits, which follow rounding too."""
     from ..ops.triton import sage_attention, sage_quantize
 
-    keys = sage_quantize.quantize_keys(at.k, at.k_mean, at.blocks[1])
+    keys = sage_quantize.quantize_blocks(at.k, at.k_mean, at.blocks[1])
     values = sage_quantize.quantize_values(at.v)
     arguments = (at.q, keys, values, at.lists, *at.state, at.bias, *at.blocks)
     return _kernel("part: int8 kernel", sage_attention.sage_attention, arguments, at, config, 3 * at.bytes, "int8")

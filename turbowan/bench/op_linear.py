@@ -1,6 +1,6 @@
 """Linear layers of true shapes: products in every format, and the passes that round their rows.
 
-`python -m turbowan.bench.op_linear 14B-480p 0/2` runs a sweep over the int8 kernels' configurations (here its first
+`python -m turbowan.bench.op_linear 14B-480p 0/2` runs a sweep over the kernels' configurations (here its first
 half): one JSON line each, what fails or hangs included.
 """
 
@@ -42,7 +42,9 @@ def cases(shape: str) -> Iterator[Case]:
     m, d, f = SHAPES[shape]
     for k, n in ((d, 3 * d), (d, d), (d, f), (f, d)):
         x, weight, bias = _draw(m, k, n)
-        yield _product_case("bf16", x, weight, partial(F.linear, x, weight, bias), bias)
+        yield _product_case("bf16", x, weight, partial(ops.linear, x, weight, bias), bias)
+        if n == f:
+            yield _product_case("bf16 gelu", x, weight, partial(ops.linear, x, weight, bias, "gelu_tanh"), None)
         for format, product in PRODUCTS.items():
             parts = (*quantize_rows(x, format), *quantize_rows(weight, format), bias, torch.bfloat16)
             yield _product_case(format, x, weight, partial(product, *parts), bias)
@@ -60,7 +62,7 @@ def cases(shape: str) -> Iterator[Case]:
 
 
 def sweep(shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10) -> Iterator[dict[str, Any]]:
-    """Every candidate of the int8 kernels on the D -> F product and on the rounding of rows of D.
+    """Every candidate of the kernels on the D -> F product and on the rounding of rows of D.
 
     Args:
         shape: a key of SHAPES. part: (i, n): only the candidates i, i + n, ... of each kernel.

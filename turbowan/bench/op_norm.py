@@ -68,7 +68,7 @@ def sweep(
     length, width, hidden = SHAPES[shape]
     tensors = _draw(length, width, device)
     absent: dict[str, Any] = dict.fromkeys(("delta", "gate", "weight", "bias", "shift", "scale"))
-    for kind, format in (("second", "int8_row"), ("gated", "bf16"), ("second", "int8_block")):
+    for kind, format in (("first", "int8_row"), ("second", "int8_row"), ("gated", "bf16"), ("first", "int8_block")):
         for config in residual_norm.candidates()[part[0] :: part[1]]:
             fixed: dict[str, Any] = {**absent, "eps": 1e-6, "variance": "exact", "config": config}
             norm = partial(residual_norm.residual_norm, **fixed)

@@ -3,75 +3,93 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import RequestError
 from ..models.pack import join_qkv, round_linears
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..ops.block_map import kept_blocks
 from .case import Case
+from .host import graph_facts, host_facts
 from .op import PEAKS, time_case
 from .random_weights import TRANSFORMERS
+from .step import Step
 
-LATENTS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # frames, height, width of 81 frames
 PRECISIONS = {"bf16": "bf16", "int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}
 
 
 def run_transformer(
     size: str,
-    latent: tuple[int, int, int],
+    steps: Sequence[Step],
     precision: str = "int8",
     attention: str = "sla",
-    top_k: float = 0.1,
     text_rows: int = 512,
     repeats: int = 10,
-) -> dict[str, Any]:
-    """Median of a step.
+    graph: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """One record per step, all of one set of weights: median, share of the bound, and what the host has to do for it.
 
     Args:
         size: "1.3B", "14B", or "A14B-I2V", which is 14B with 36 channels.
-        latent: frames, height, width.
         precision: of the linear layers, a key of PRECISIONS. attention: "original", "sla" or "sagesla".
         text_rows: rows of text that keys and values are made of (the rest counts as equal to the last).
+        graph: also time the step as a CUDA graph.
 
     Raises:
-        RequestError: unknown size or precision, or no GPU.
+        RequestError: unknown size, precision or attention, a top-k that does not fit, or no GPU.
     """
-    if not torch.cuda.is_available():
-        raise RequestError("bench transformer needs a CUDA device; there is none here")
+    config = bench_config(size)
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
-    with torch.inference_mode():
-        net = random_transformer(size, PRECISIONS[precision])
-        net.attention = AttentionConfig(attention, top_k)
-        noise = torch.randn(1, 16, *latent, device="cuda")
-        extra = net.condition_channels
-        condition = torch.randn(1, extra, *latent, device="cuda") if extra else None
-        context = net.tell(torch.randn(1, text_rows, net.config.text_dim, device="cuda"), text_rows=512)
-        time = torch.full((1,), 937.5, device="cuda")
-        tokens = latent[0] * latent[1] * latent[2] // 4
-        case = Case(
-            f"{size} {latent[2] * 8}x{latent[1] * 8} {precision} {attention}",
-            lambda: net(noise, time, context, condition),
-            {"tokens": tokens, "text_rows": text_rows, "top_k": top_k},
-        )
-        weights = torch.cuda.memory_allocated()
-        record = time_case(case, repeats)
-    bound = step_bound(net.config, tokens, attention, top_k, precision)
-    if "ms" in record:
-        record["share_of_bound"] = round(bound * 1e3 / record["ms"]["p50"], 3)
-        record["tflops"] = round(step_flops(net.config, tokens, attention, top_k)[2] / record["ms"]["p50"] / 1e9, 1)
-        record.pop("gbytes_per_s")
-    return {
-        "bench": "transformer", "case": case.name, **record,
-        "bound_ms": round(bound * 1e3, 1), "weights_gib": round(weights / 2**30, 2),
-    }  # fmt: skip
+    how = {step: AttentionConfig(attention, step.top_k) for step in steps}
+    if attention == "original" and len({step.top_k for step in steps}) > 1:
+        raise RequestError("top-k changes nothing with attention 'original'; vary it with sla or sagesla")
+    if not torch.cuda.is_available():
+        raise RequestError("bench transformer needs a CUDA device; there is none here")
+    net = random_transformer(config, PRECISIONS[precision])
+    weights = round(torch.cuda.memory_allocated() / 2**30, 2)
+    model = {"size": size, "precision": precision, "attention": attention}
+    for step in steps:
+        net.attention = how[step]
+        case = f"{size} {step.name} {precision} {attention}"
+        record = _time_step(net, case, step, text_rows, repeats, graph)
+        bound = step_bound(config, step.tokens, attention, step.top_k, precision) * 1e3
+        if "ms" in record:
+            flops = step_flops(config, step.tokens, attention, step.top_k)[2]
+            record["share_of_bound"] = round(bound / record["ms"]["p50"], 3)
+            record["tflops"] = round(flops / record["ms"]["p50"] / 1e9, 1)
+        record |= {"bound_ms": round(bound, 1), "weights_gib": weights}
+        yield {"bench": "transformer", "case": case, **model, **record}
 
 
-def random_transformer(size: str, format: str) -> WanTransformer:
-    """On the GPU: drawn in bfloat16, all of it, then rounded layer by layer to a format of `ops.rows`.
+@torch.inference_mode()
+def _time_step(net: WanTransformer, case: str, step: Step, text_rows: int, repeats: int, graph: bool) -> dict[str, Any]:
+    own = torch.Generator("cuda").manual_seed(0)  # goes on where the default one may not, see `graph_facts`
+    draw = partial(torch.randn, device="cuda", generator=own)
+    noise = draw(1, 16, *step.latent)
+    condition = draw(1, net.condition_channels, *step.latent) if net.condition_channels else None
+    context = net.tell(draw(1, text_rows, net.config.text_dim), text_rows=512)
+    time = torch.full((1,), 937.5, device="cuda")
+    shape = {"num_frames": step.num_frames, "tokens": step.tokens, "text_rows": text_rows, "top_k": step.top_k}
+
+    def run() -> Tensor:
+        return net(noise, time, context, condition)  # type: ignore[no-any-return]
+
+    record = time_case(Case(case, run, shape), repeats)
+    if "ms" not in record:
+        return record
+    record.pop("gbytes_per_s")
+    return record | host_facts(run) | (graph_facts(run, repeats) if graph else {})
+
+
+def bench_config(size: str) -> TransformerConfig:
+    """Sizes of "1.3B", "14B", "tiny" or "A14B-I2V".
 
     Raises:
         RequestError: unknown size.
@@ -80,8 +98,12 @@ def random_transformer(size: str, format: str) -> WanTransformer:
     if name not in TRANSFORMERS:
         raise RequestError(f"bench sizes are {', '.join(TRANSFORMERS)} and A14B-I2V; got '{size}'")
     config = TRANSFORMERS[name]
-    if size.endswith("-I2V"):
-        config = TransformerConfig(**{**vars(config), "in_dim": 36})
+    return replace(config, in_dim=36) if size.endswith("-I2V") else config
+
+
+@torch.inference_mode()
+def random_transformer(config: TransformerConfig, format: str) -> WanTransformer:
+    """On the GPU: drawn in bfloat16, all of it, then rounded layer by layer to a format of `ops.rows`."""
     with torch.device("meta"):
         net = WanTransformer(config).to(torch.bfloat16)
     net.to_empty(device="cuda")

@@ -60,22 +60,26 @@ def op(
 @app.command()
 def transformer(
     size: Annotated[str, typer.Option(help="1.3B, 14B or A14B-I2V.")] = "1.3B",
-    resolution: Annotated[str, typer.Option(help="480p or 720p: 832x480 or 1280x720.")] = "480p",
+    resolution: Annotated[str, typer.Option(help="A name of the resolution table.")] = "480p",
+    num_frames: Annotated[int, typer.Option(help="4k+1.")] = 81,
+    top_k: Annotated[float, typer.Option(help="Share of key blocks kept.")] = 0.1,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="tokens: five videos of 9,360 to 111,600. top-k: 0.05 to 0.5. Twice for both."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="Of the linear layers: bf16, int8, fp8 or int8_block.")] = "int8",
     attention: Annotated[str, typer.Option(help="original, sla or sagesla.")] = "sla",
-    top_k: Annotated[float, typer.Option(help="Share of key blocks kept.")] = 0.1,
-    latent_frames: Annotated[int, typer.Option(help="21 are 81 frames.")] = 21,
     text_rows: Annotated[int, typer.Option(help="Rows of text that keys are made of, of the 512 attended to.")] = 512,
     repeats: Annotated[int, typer.Option(help="Timed steps.")] = 10,
+    graph: Annotated[bool, typer.Option("--graph", help="Time the step as a CUDA graph too.")] = False,
 ) -> None:
-    """One step of the denoise time on a GPU: median and share of what the products alone would take."""
-    from ..bench.transformer import LATENTS, run_transformer
-    from ..errors import RequestError
+    """A step of the denoise time on a GPU: median, share of what the products alone would take, work of the host."""
+    from ..bench.step import Step, growth
+    from ..bench.transformer import run_transformer
 
-    if resolution not in LATENTS:
-        raise RequestError(f"resolution must be one of {', '.join(LATENTS)}, got '{resolution}'")
-    latent = (latent_frames, *LATENTS[resolution][1:])
-    print(json.dumps(run_transformer(size, latent, precision, attention, top_k, text_rows, repeats)), flush=True)
+    steps = growth(Step(resolution, num_frames, top_k), vary or [])
+    for record in run_transformer(size, steps, precision, attention, text_rows, repeats, graph):
+        print(json.dumps(record), flush=True)
 
 
 @app.command()

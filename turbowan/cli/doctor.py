@@ -41,8 +41,8 @@ def examine() -> dict[str, Any]:
 def _examine_torch(report: dict[str, Any]) -> None:
     import torch
 
-    from ..machine import cuda_devices
-    from ..ops import Facts, explain
+    from ..machine import cuda_devices, torch_note
+    from ..ops import Facts, compute_dtype, explain
 
     report["torch_cuda"] = torch.version.cuda or torch.version.hip
     report["torch_threads"] = torch.get_num_threads()
@@ -53,7 +53,9 @@ def _examine_torch(report: dict[str, Any]) -> None:
     facts = {"cpu float32": Facts("cpu", torch.float32)}  # what `precision="auto"` computes with
     for device in devices:
         major, minor = device["capability"]
-        facts[f"cuda {major}.{minor} bfloat16"] = Facts("cuda", torch.bfloat16, capability=(major, minor))
+        dtype = compute_dtype((major, minor))
+        place = f"cuda {major}.{minor} {str(dtype).removeprefix('torch.')}"
+        facts[place] = Facts("cuda", dtype, capability=(major, minor))
     operations: dict[str, dict[str, Any]] = {}
     for place, here in facts.items():
         for name, choice in explain(here).items():
@@ -61,6 +63,18 @@ def _examine_torch(report: dict[str, Any]) -> None:
                 "uses": choice.implementation.name, "why": _why(choice), "others": choice.others(),
             }  # fmt: skip
     report["operations"] = operations
+    report["linears"] = {place: _linears(here.capability) for place, here in facts.items()}
+    note = torch_note(report["packages"]["torch"], bool(devices))
+    report["notes"] += [note] if note else []
+
+
+def _linears(capability: tuple[int, int] | None) -> dict[str, dict[str, Any]]:
+    """By the format of a file, what `--precision auto` runs its linear layers in, and why."""
+    from ..ops import choose_format
+    from ..ops.rows import FORMATS
+
+    choices = {name: choose_format(capability, name) for name in FORMATS}
+    return {n: {"uses": c.format, "why": c.why, "measured": c.measured} for n, c in choices.items()}
 
 
 def _why(choice: Choice) -> str:
@@ -134,6 +148,16 @@ def _print_report(report: dict[str, Any]) -> None:
             for place, choice in places.items()
         ]
         print_table("Operations", operations, ("operation", "on", "uses", "why", "not chosen"))
+    if "linears" in report:
+        from ..ops.formats import BUDGET
+
+        linears = [
+            (name, place, choice["uses"], choice["why"])
+            for place, choices in report["linears"].items()
+            for name, choice in choices.items()
+        ]
+        title = f"Linear layers of a file (--precision auto; a change may add an error of {BUDGET:g})"
+        print_table(title, linears, ("file's format", "on", "runs in", "why"))
     for note in report["notes"]:
         print(f"note: {note}")
     for problem in report["problems"]:

@@ -51,7 +51,7 @@ def generate(
     attention: Annotated[str, typer.Option(help="auto, original, sla, sagesla.", rich_help_panel=_MACHINE)] = "auto",
     sla_topk: Annotated[float | None, typer.Option(help="Share of key blocks kept.", rich_help_panel=_MACHINE)] = None,
     precision: Annotated[
-        str, typer.Option(help="auto, float32, bf16, int8 or fp8.", rich_help_panel=_MACHINE)
+        str, typer.Option(help="auto, float32, bf16, int8, fp8 or int8_block.", rich_help_panel=_MACHINE)
     ] = "auto",
     norms: Annotated[str, typer.Option(help="exact or official.", rich_help_panel=_MACHINE)] = "exact",
     memory: Annotated[str, typer.Option(help="auto, speed, balanced, minimal.", rich_help_panel=_MACHINE)] = "auto",

@@ -75,6 +75,7 @@ def request(args: argparse.Namespace, noise_device: str, **more: Any) -> Generat
         seed=args.seed,
         noise_device=noise_device,
         num_samples=args.num_samples,
+        precision="bf16" if noise_device == "cuda" else "auto",  # linear layers as the file has them
         attention=args.attention_type,
         sla_topk=args.sla_topk,
         norms="exact" if args.default_norm else "official",

@@ -65,7 +65,7 @@ class Player:
             engine.config, manifest.name, settings.attention, settings.sla_topk, **engine.blocks
         )
         self.settings = replace(settings, attention=attention.kind)
-        self.how = Execution.of(case.request, engine.device, attention)
+        self.how = Execution.of(case.request, engine.device, attention, engine.outlines)
         self.size = (settings.num_frames, settings.height, settings.width)
 
     @property
@@ -83,8 +83,7 @@ class Player:
         return {
             "model": self.engine.manifest.name,
             **{name: settings[name] for name in kept},
-            "precision": str(self.how.dtype).removeprefix("torch."),
-            **({"linears": self.how.linears} if self.how.linears else {}),
+            **self.how.facts(),
             "exact": self.case.exact,
         }
 

@@ -26,11 +26,14 @@ class Plan:
     reason: str
 
 
-def weight_bytes(part: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a module's weights once loaded in a dtype; what is quantised stays so. A meta module serves."""
+def weight_bytes(part: nn.Module, dtype: torch.dtype, whole: bool = False) -> int:
+    """Bytes of a module's weights once loaded in a dtype; what is quantised stays so, or (`whole`) is expanded to it.
+
+    A meta module serves.
+    """
 
     def size(weight: Tensor) -> int:
-        quantized = weight.element_size() == 1 or not weight.is_floating_point()
+        quantized = not whole and (weight.element_size() == 1 or not weight.is_floating_point())
         return weight.numel() * (weight.element_size() if quantized else dtype.itemsize)
 
     return sum(size(weight) for weight in (*part.parameters(), *part.buffers()))

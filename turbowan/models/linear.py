@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,12 @@ def norm_rows(
     return x, Rows(values, rounding, format, x.shape[0], x.shape[1])
 
 
-def gelu_rows(x: Tensor, format: str) -> Rows:
-    """GELU (tanh) of [B, L, K], rounded to x's dtype and then to a format."""
+def hidden_rows(layer: nn.Module, rows: Rows, dtype: torch.dtype, format: str) -> Rows:
+    """GELU (tanh) of what a layer makes of rows, rounded to dtype and then to a format."""
+    if format == "bf16" and _is_plain(layer, rows):
+        values = ops.linear(rows.values, layer.weight, layer.bias, "gelu_tanh")
+        return Rows(values, rows.scale, format, rows.batch, rows.length)
+    x = project(layer, rows, dtype)
     return Rows(*ops.gelu_rows(x, format), format, x.shape[0], x.shape[1])
 
 
@@ -70,9 +75,20 @@ def format_of(*layers: nn.Module) -> str:
 
 def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
     """[B, L, N] in `dtype`, of a layer and rows in its format, or in "bf16"."""
+    if _is_plain(layer, rows):
+        return ops.linear(rows.samples(rows.values), layer.weight, layer.bias)
     if rows.format == "bf16":
         return layer(rows.samples(rows.values))  # type: ignore[no-any-return]
     return rows.samples(layer.product(rows, dtype))  # type: ignore[operator]
+
+
+def _is_plain(layer: nn.Module, rows: Rows) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is nothing but a product of numbers of one dtype: nobody hooked into it or replaced its
+    `forward`, and no autocast is to make them one."""
+    if type(layer) is not nn.Linear or torch.is_autocast_enabled(rows.values.device.type):
+        return False
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return not changed and layer.weight.dtype == rows.values.dtype
 
 
 def _added(out: Tensor, x: Tensor, addition: Addition | None) -> Tensor:

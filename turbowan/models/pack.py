@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
-from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear
+from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, format_of
 from .transformer import SelfAttention, WanTransformer
 
 # format -> layer, the names of its codes and scales, and what makes them of a weight [N, K]
@@ -21,34 +21,63 @@ _FORMATS: dict[str, tuple[type[nn.Module], tuple[str, str], Callable[[Tensor], t
 _WHOLE = ("proj_l",)  # as the official tool leaves it
 
 
-def prepare(net: WanTransformer, linears: str | None) -> None:
+def prepare(net: WanTransformer, linears: str) -> None:
     """Ready a loaded transformer for inference, in place: q, k and v are joined on a GPU.
 
     Args:
-        linears: a format for the linear layers, as of `round_linears`; None leaves them as the file has them.
+        linears: a format for the linear layers, as of `round_linears`; the net's own (`file_format`) leaves them alone.
     """
-    if linears is not None:
+    if linears != file_format(net):
         round_linears(net, linears)
     if net.patch_embedding.bias.is_cuda:
         join_qkv(net)
 
 
+def file_format(net: nn.Module) -> str:
+    """The format that the blocks' linear layers are in, of a loaded net or one on the meta device: one of
+    `ops.rows.FORMATS`, "fp8_scaled" (in bfloat16 once expanded), or "mixed".
+    """
+    formats = {
+        "fp8_scaled" if isinstance(layer, Fp8Linear) else format_of(layer)
+        for name, layer in net.blocks.named_modules()  # type: ignore[union-attr, operator]
+        if is_linear(layer) and name.rpartition(".")[2] not in _WHOLE
+    }
+    return formats.pop() if len(formats) == 1 else "mixed"
+
+
 def round_linears(net: WanTransformer, format: str) -> None:
-    """Turn the blocks' linear layers, of any kind, into 8-bit ones in place, one after the other.
+    """Turn the blocks' linear layers, of any kind, into others in place, one after the other.
 
     Args:
-        format: "int8_row", "fp8_row" or "int8_block"; layers that are in it already stay as they are.
+        format: "int8_row", "fp8_row" or "int8_block", or "bf16": full precision, in the dtype of the rest. Layers that
+            are in it already stay as they are.
     """
-    kind, names, quantize = _FORMATS[format]
     for module in list(net.blocks.modules()):
         for name, layer in list(module.named_children()):
-            if name in _WHOLE or isinstance(layer, kind) or not is_linear(layer):
+            if name in _WHOLE or not is_linear(layer):
                 continue
-            weight, bias = full_weight(layer), layer.state_dict()["bias"]
-            rounded = kind(weight.shape[1], weight.shape[0], "meta")
-            for target, value in zip((*names, "bias"), (*quantize(weight), bias), strict=True):
-                setattr(rounded, target, value)
-            setattr(module, name, rounded)
+            if format == "bf16":
+                setattr(module, name, _whole_linear(layer, net.patch_embedding.weight.dtype))
+            elif not isinstance(layer, _FORMATS[format][0]):
+                setattr(module, name, _rounded_linear(layer, format))
+
+
+def _rounded_linear(layer: nn.Module, format: str) -> nn.Module:
+    kind, names, quantize = _FORMATS[format]
+    weight, bias = full_weight(layer), layer.state_dict()["bias"]
+    rounded = kind(weight.shape[1], weight.shape[0], "meta")
+    for target, value in zip((*names, "bias"), (*quantize(weight), bias), strict=True):
+        setattr(rounded, target, value)
+    return rounded
+
+
+def _whole_linear(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return layer
+    weight, bias = full_weight(layer).to(dtype), layer.state_dict()["bias"].to(dtype)
+    whole = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=dtype)
+    whole.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return whole.requires_grad_(False)
 
 
 def is_linear(module: nn.Module) -> bool:

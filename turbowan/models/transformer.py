@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import RequestError
-from .linear import Rows, format_of, gelu_rows, norm_rows, project
+from .linear import Rows, format_of, hidden_rows, norm_rows, project
 
 ATTENTION_KINDS = ("original", "sla", "sagesla")
 HEAD_SIZE = 128
@@ -216,7 +216,7 @@ class Block(nn.Module):
         x, rows = norm_rows(x, format_of(cross.q), EPS, norms, attended, gate_a, **affine)
         crossed = cross(rows, told, context.last_row_count, x.dtype)
         x, rows = norm_rows(x, format_of(first), EPS, norms, crossed, shift=shift_f, scale=scale_f)
-        hidden = gelu_rows(project(first, rows, x.dtype), format_of(second))
+        hidden = hidden_rows(first, rows, x.dtype, format_of(second))
         return x, (project(second, hidden, x.dtype), gate_f)
 
 

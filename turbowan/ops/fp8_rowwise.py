@@ -123,8 +123,10 @@ def linear_fp8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 
 FLOAT8 = (torch.float8_e4m3fn,)
-# e4m3 tensor cores exist from 8.9 on, and so does PyTorch's row-scaled product
-_product_operation.add(
-    Implementation("scaled_mm", _scaled_mm, Constraints(("cuda",), FLOAT8, min_capability=(8, 9)), priority=1)
+# e4m3 tensor cores exist from 8.9 on. PyTorch's row-scaled product serves 8.9 and 9.0 from 2.7 on (its pull request
+# 144348), was mended for 10.x after 2.8 (160693), and fails on 12.0 in 2.10 (issue 192707). We ran it on 9.0 with 2.11.
+_SCALED_MM = Constraints(
+    ("cuda",), FLOAT8, min_capability=(8, 9), torch_from={(8, 9): "2.7", (10, 0): "2.10", (12, 0): None}
 )
+_product_operation.add(Implementation("scaled_mm", _scaled_mm, _SCALED_MM, priority=1))
 offer(_quantize_operation, "quantize", "quantize_fp8_rowwise", dtypes=FLOATS, min_capability=(8, 9))

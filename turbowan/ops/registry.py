@@ -9,7 +9,7 @@ autocast as PyTorch's own layers do. Elsewhere an operation keeps to the dtypes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,18 +20,20 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import MachineError
+from ..machine import version_numbers
 
 NAMESPACE = "turbowan"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What selection looks at: the device and the shapes of one call, nothing else."""
+    """What selection looks at: the device, the shapes of one call, and PyTorch's version; nothing else."""
 
     device: str  # "cpu", "cuda"
     dtype: torch.dtype
     head_size: int | None = None
     capability: tuple[int, int] | None = None  # CUDA compute capability
+    pytorch: str = str(torch.__version__)
 
     @classmethod
     def of(cls, tensor: torch.Tensor, head_size: int | None = None) -> Facts:
@@ -47,7 +49,10 @@ class Constraints:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
     package: str | None = None  # that must be installed
+    # from a compute capability up to the next one named, the first PyTorch that serves; None: none that we know of
+    torch_from: Mapping[tuple[int, int], str | None] | None = None
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts are outside the constraints, in a few words; None when they are inside."""
@@ -59,6 +64,14 @@ class Constraints:
             return f"needs head size {'/'.join(map(str, self.head_sizes))}, got {facts.head_size}"
         if self.min_capability is not None and (facts.capability or (0, 0)) < self.min_capability:
             return f"needs compute capability {self.min_capability}, got {facts.capability}"
+        if self.max_capability is not None and (facts.capability or (0, 0)) > self.max_capability:
+            return f"is for compute capability {self.max_capability} at most, got {facts.capability}"
+        if self.torch_from is not None and facts.capability is not None:
+            needed = self.torch_from[max(known for known in self.torch_from if known <= facts.capability)]
+            if needed is None:
+                return f"no PyTorch is known to have it for compute capability {facts.capability}"
+            if version_numbers(facts.pytorch) < version_numbers(needed):
+                return f"needs PyTorch {needed} for compute capability {facts.capability}, got {facts.pytorch}"
         if self.package is not None and not _installed(self.package):
             return f"needs the package {self.package}, which is not installed"
         return None
@@ -128,6 +141,7 @@ class Operation:
         self.gradient = gradient
         self.implementations: list[Implementation] = [Implementation("eager", eager)]
         self.forced: str | None = None
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by what `Facts` are made of
         OPERATIONS[name] = self
         if hasattr(getattr(torch.ops, NAMESPACE), name):  # by another copy of the package: each keeps its own choice
             self._registered: Callable[..., Any] = self._run
@@ -142,6 +156,7 @@ class Operation:
     def add(self, implementation: Implementation) -> None:
         """Offer a further implementation; `select` weighs it from the next call on."""
         self.implementations.append(implementation)
+        self._chosen.clear()
 
     def select(self, facts: Facts, forced: str | None = None) -> Choice:
         """Pure choice by constraints and priority. A forced implementation runs or raises, never falls back.
@@ -171,11 +186,15 @@ class Operation:
                 return self._run(*args, **kwargs)
         if len(self.implementations) == 1 and self.forced is None:
             return self.eager(*args, **kwargs)
-        return self.select(Facts.of(args[0], args[0].shape[-1]), self.forced).implementation.function(*args, **kwargs)
+        x = args[0]
+        known = (x.device, x.dtype, x.shape[-1], self.forced)
+        if known not in self._chosen:
+            self._chosen[known] = self.select(Facts.of(x, x.shape[-1]), self.forced).implementation.function
+        return self._chosen[known](*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not differentiated(args):
-            return self._registered(*args, **kwargs)
+        if not differentiated(args):  # PyTorch's way to it takes the host as long as a kernel's launch
+            return (self._registered if _watched(args[0]) else self._run)(*args, **kwargs)
         if not self.gradient:
             raise MachineError(f"operation {self.name} has no gradient; train with weights that are not quantised")
         if self.forced not in (None, "eager"):
@@ -189,6 +208,12 @@ OPERATIONS: dict[str, Operation] = {}
 def forward_mode() -> bool:
     """Whether tangents are being carried along (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether PyTorch is to see the operation as one: it compiles, a mode counts or fakes, x is no plain tensor."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
+    return torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack() > 0
 
 
 def differentiated(args: tuple[Any, ...]) -> bool:

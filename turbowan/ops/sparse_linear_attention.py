@@ -5,6 +5,7 @@ Two branches are added: exact attention over the selected key blocks, and linear
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import RequestError
 from .attention import dot_product_attention
 from .block_map import block_map, kept_blocks, selected_from_means
-from .registry import Operation, differentiated
+from .registry import Constraints, Implementation, Operation, differentiated
 from .triton import offer
 
 PRECISIONS = ("bf16", "int8")
@@ -193,4 +194,17 @@ def sparse_linear_attention(
     return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision, q_means, k_means)
 
 
+def _by_cudnn(*args: Any) -> Tensor:
+    from .cudnn_attention import sparse_linear_attention
+
+    return sparse_linear_attention(*args)
+
+
 offer(_operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128))
+_HALVES = (torch.bfloat16, torch.float16)
+_operation.add(  # on Hopper our own kernel is the faster one
+    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (9, 0), (9, 0), "cudnn"), -1)
+)
+_operation.add(
+    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (10, 0), None, "cudnn"), 2)
+)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from ..checkpoints.files import replacing
 from ..errors import CheckpointError
+from ..media import chart
 
 CURVE_FILE = "curve.jsonl"
 PICTURE_FILE = "curve.png"
@@ -20,7 +21,7 @@ Points = list[tuple[float, float]]
 
 _PANEL = (900, 220)  # pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 16, 26, 26
-_FRAME, _GRID, _RAW, _SMOOTH = (90, 90, 90), (225, 225, 225), (170, 195, 230), (20, 70, 160)
+_RAW, _SMOOTH = (170, 195, 230), (20, 70, 160)
 
 
 def add(path: Path, line: Line) -> None:
@@ -81,29 +82,11 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 def _panel(draw: ImageDraw.ImageDraw, top: int, name: str, points: Points, last: float) -> None:
     values = [value for _, value in points]
     low, high = min(values), max(values)
-    log = low > 0 and high > 10 * low
-    shape = math.log10 if log else float
-    bottom, ceiling = shape(low), shape(high)
-    if ceiling == bottom:
-        bottom, ceiling = bottom - 0.5, ceiling + 0.5
-    width, height = _PANEL[0] - _LEFT - _RIGHT, _PANEL[1] - _TOP - _BOTTOM
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        share = (shape(value) - bottom) / (ceiling - bottom)
-        return _LEFT + width * step / last, top + _TOP + height * (1 - share)
-
-    for i in range(5):
-        y = top + _TOP + height * (1 - i / 4)
-        value = bottom + (ceiling - bottom) * i / 4
-        draw.line([(_LEFT, y), (_LEFT + width, y)], fill=_GRID)
-        draw.text((_LEFT - 6, y), f"{10**value if log else value:.4g}", fill=_FRAME, anchor="rm")
-        x = _LEFT + width * i / 4
-        draw.text((x, top + _TOP + height + 4), f"{last * i / 4:.0f}", fill=_FRAME, anchor="mt")
-    draw.rectangle([(_LEFT, top + _TOP), (_LEFT + width, top + _TOP + height)], outline=_FRAME)
-    scale = ", logarithmic" if log else ""
-    draw.text((_LEFT, top + 8), f"{name}: {values[-1]:.5g} at step {points[-1][0]:.0f}{scale}", fill="black")
-    draw.line([place(*point) for point in points], fill=_RAW)
-    draw.line([place(*point) for point in _smooth(points)], fill=_SMOOTH, width=2)
+    logarithmic = low > 0 and high > 10 * low
+    title = f"{name}: {values[-1]:.5g} at step {points[-1][0]:.0f}{', logarithmic' if logarithmic else ''}"
+    area = (_LEFT, top + _TOP, _PANEL[0] - _RIGHT, top + _PANEL[1] - _BOTTOM)
+    drawn = [chart.Line(points, _RAW), chart.Line(list(_smooth(points)), _SMOOTH, width=2)]
+    chart.draw_panel(draw, area, title, drawn, last, (low, high), logarithmic)
 
 
 def _smooth(points: Points) -> Iterator[tuple[float, float]]:

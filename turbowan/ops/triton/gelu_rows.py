@@ -12,17 +12,20 @@ from torch import Tensor
 
 from ..fp8_rowwise import quantize_fp8_rowwise
 from ..int8_blockwise import BLOCK
+from .approximate import power_of_two, reciprocal
 from .rounding import (
     CODES,
-    COMPILED,
     block_codes,
+    block_scale,
     chunk_of,
     config_for,
     has_fp8,
     load_row,
-    rounded,
+    narrowed,
+    slab_of,
     store_row,
     warps_for,
+    widened,
 )
 
 
@@ -34,12 +37,12 @@ class Config:
     block_warps: int = 8
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=16)}
 
 
 def candidates() -> list[Config]:
     """What the sweep tries."""
-    return [Config(warps, 8) for warps in (0, 2, 4, 8, 16)] + [Config(0, 16)]
+    return [Config(), Config(4, 4), Config(16, 16), Config(2, 32)]
 
 
 def gelu_rows(x: Tensor, format: str, config: Config | None = None) -> tuple[Tensor, Tensor]:
@@ -58,7 +61,7 @@ def gelu_rows(x: Tensor, format: str, config: Config | None = None) -> tuple[Ten
     if per_block:
         _block_kernel[(triton.cdiv(width, BLOCK), blocks, batch)](
             x, rows, scale, length, padded, x.stride(0), x.stride(1), WIDTH=width, BLOCK=BLOCK,
-            num_warps=config.block_warps,
+            SLAB=slab_of(config.block_warps, BLOCK), num_warps=config.block_warps,
         )  # fmt: skip
     else:
         warps = config.warps or warps_for(width)
@@ -73,14 +76,7 @@ def gelu_rows(x: Tensor, format: str, config: Config | None = None) -> tuple[Ten
 def _gelu(x):
     """x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3): GELU's tanh form without its cancellation."""
     exponent = x * (-2.302208198 - 0.1029432397 * (x * x))  # -2 log2(e) u
-    divisor = 1.0 + tl.exp2(exponent)
-    if COMPILED:  # a plain division spends four more instructions on divisors above 2^126
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return x * inverse
-    else:
-        return x / divisor
+    return x * reciprocal(1.0 + power_of_two(exponent))
 
 
 @triton.jit
@@ -94,22 +90,30 @@ def _row_kernel(
     parts = load_row(x + sample * stride_b + row * stride_l, WIDTH, CHUNK)
     outs = ()
     for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
-        out = _gelu(parts[i].to(tl.float32))
-        outs = outs + (out if FORMAT == "bf16" else rounded(out, dtype),)
+        outs = outs + (narrowed(_gelu(widened(parts[i])), dtype),)
     store_row(rows + dense * WIDTH, scale + dense, outs, WIDTH, CHUNK, FORMAT)
 
 
 @triton.jit
 def _block_kernel(
-    x, codes, scale, length, padded, stride_b, stride_l, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x, codes, scale, length, padded, stride_b, stride_l, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLAB: tl.constexpr
 ):
-    """One block of BLOCK x BLOCK; rows from `length` up to `padded` become zeros."""
+    """One block of BLOCK x BLOCK, SLAB rows at a time; rows from `length` up to `padded` become zeros."""
     sample = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    row = (tl.program_id(1) * BLOCK + tl.arange(0, SLAB)).to(tl.int64)[:, None]
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = (row < length) & (column < WIDTH)
-    part = tl.load(x + sample * stride_b + row * stride_l + column, mask=inside, other=0.0)
-    found, found_scale = block_codes(rounded(_gelu(part.to(tl.float32)), part.dtype))
-    tl.store(codes + (sample * padded + row) * WIDTH + column, found, mask=(row < padded) & (column < WIDTH))
+    x += sample * stride_b + row * stride_l + column
+    parts = ()
+    for i in tl.static_range(0, BLOCK, SLAB):
+        inside = (row + i < length) & (column < WIDTH)
+        parts = parts + (tl.load(x + i * stride_l, mask=inside, other=0.0, eviction_policy="evict_first"),)
+    outs = ()
+    for i in tl.static_range(BLOCK // SLAB):
+        outs = outs + (narrowed(_gelu(widened(parts[i])), x.dtype.element_ty),)
+    factor, found = block_scale(outs)
+    codes += (sample * padded + row) * WIDTH + column
+    for i in tl.static_range(BLOCK // SLAB):
+        inside = (row + i * SLAB < padded) & (column < WIDTH)
+        tl.store(codes + i * SLAB * WIDTH, block_codes(outs[i], factor), mask=inside)
     index = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(scale + index, found_scale)
+    tl.store(scale + index, found)

@@ -4,7 +4,7 @@ One loop over tiles and, inside it, one over K; operands come by tensor descript
 pointers. The tile sizes are data: `CONFIGS` holds what was chosen, `candidates` what a sweep tries.
 
 On Hopper Triton (3.6 and 3.9) ends every integer product before it starts the next one, where float products stay in
-flight, so the tensor cores idle for a moment in each step of K. `matmul_int8_hopper.py` avoids that.
+flight, so the tensor cores idle for a moment in each step of K. `hopper_matmul.py` avoids that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hopper import HAS_GLUON
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # before Triton 3.4: pointers only
     TensorDescriptor = None
-
-HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Config:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How `matmul_int8_hopper.py` cuts a product: its tiles are 128 x 256, its steps 128.
+    """How `hopper_matmul.py` cuts a product: its tiles are 128 x 256, its steps 128.
 
     stages: steps of K in flight, 48 KiB of shared memory each; group: as above.
     """
@@ -269,7 +269,7 @@ def _product(
     gelu = activation == "gelu_tanh"
     config = config or _choose(kind, codes, weight, out)
     if isinstance(config, HopperConfig):
-        from .matmul_int8_hopper import product  # Triton has what it needs from 3.6 on
+        from .hopper_matmul import product  # Triton has what it needs from 3.6 on
 
         product(kind == "block", codes, scale, weight, weight_scale, bias, out, gelu, config)
     else:
@@ -280,7 +280,7 @@ def _product(
 def _choose(kind: str, codes: Tensor, weight: Tensor, out: Tensor) -> Config | HopperConfig:
     capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (9, 0)
     known = CONFIGS[kind].get(capability, CONFIGS[kind][8, 0])
-    hopper = codes.is_cuda and HAS_GLUON and out.itemsize == 2 and all(_describable(x) for x in (codes, weight, out))
+    hopper = codes.is_cuda and HAS_GLUON and out.itemsize == 2 and all(describable(x) for x in (codes, weight, out))
     return next(config for config in known if hopper or isinstance(config, Config))
 
 
@@ -296,8 +296,8 @@ def _launch(
     config: Config,
 ) -> None:
     (m, k), n = codes.shape, weight.shape[0]
-    describe = config.descriptors and _describable(codes) and _describable(weight)
-    describe_out = describe and config.store == "descriptor" and _describable(out)
+    describe = config.descriptors and describable(codes) and describable(weight)
+    describe_out = describe and config.store == "descriptor" and describable(out)
     left, right, to = codes, weight, out
     if describe:
         left = TensorDescriptor.from_tensor(codes, [config.block_m, config.block_k])
@@ -314,7 +314,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _describable(x: Tensor) -> bool:
+def describable(x: Tensor) -> bool:
     """Whether the copy engine can read and write this contiguous matrix: rows and start on multiples of 16 bytes."""
     return TensorDescriptor is not None and x.shape[1] * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 

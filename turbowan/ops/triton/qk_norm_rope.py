@@ -1,7 +1,7 @@
 """RMSNorm over the full width, rotation of every head and block means, of q and k at once.
 
-A program walks down a unit of rows that divides both blocks, so that it alone adds up what it writes; the next row is
-on its way while one is worked on.
+A program walks down a unit of rows that divides a block, so that it alone adds up what it writes; the next rows are on
+their way to shared memory while one is worked on.
 """
 
 # mypy: disable-error-code="assignment"
@@ -16,25 +16,42 @@ import triton.language as tl
 from torch import Tensor
 
 from .rms_norm import root_mean_square
-from .rounding import chunk_of, columns, config_for, load_columns, load_row, rounded, store_part, warps_for
+from .rounding import (
+    COMPILED,
+    PER_THREAD,
+    columns,
+    config_for,
+    load_columns,
+    load_row,
+    narrowed,
+    rounded,
+    store_part,
+    warps_for,
+    widened,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """unit: rows of a program, at most. warps: of a program; 0 = by the width. registers: of a thread, at most; without
-    a limit 5120 columns take 168 of them, and three programs share a multiprocessor instead of four."""
+    """unit: rows of a program, at most; where q's and k's units differ, their stages do not share memory. warps: of a
+    program; 0 = by the width. registers: of a thread, at most; 128 let four programs of four warps share a
+    multiprocessor. stages: rows under way, the one at work among them. per_thread: columns a thread loads at once.
+    """
 
     unit: int = 64
     warps: int = 0
     registers: int = 128
+    stages: int = 3
+    per_thread: int = PER_THREAD
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(128, stages=2)}
 
 
 def candidates() -> list[Config]:
     """What the sweep tries."""
-    return [Config(unit, warps, most) for unit in (64, 32, 16) for warps in (0, 8) for most in (128, 255)]
+    narrow = [Config(64, 8, most, 3, 4) for most in (64, 80)]
+    return [*(Config(stages=stages) for stages in (1, 2, 3, 4)), Config(128, stages=2), Config(128), *narrow]
 
 
 def qk_norm_rope(
@@ -53,24 +70,24 @@ def qk_norm_rope(
     q, k = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k))
     config = config or config_for(CONFIGS, q.device)
     batch, length, heads, size = q.shape
-    unit = gcd(config.unit, block_q, block_k)
-    units = triton.cdiv(length, unit)
     warps = config.warps or warps_for(heads * size)
+    units = gcd(config.unit, block_q), gcd(config.unit, block_k)
     outs = [q.new_empty(q.shape) for _ in range(2)]
     sums = [
-        q.new_empty((batch, heads, units, size) if block else 0, dtype=torch.float32) for block in (block_q, block_k)
+        q.new_empty((batch, heads, triton.cdiv(length, rows), size) if block else 0, dtype=torch.float32)
+        for rows, block in zip(units, (block_q, block_k), strict=True)
     ]
-    _unit_kernel[(units, batch, 2)](
+    _unit_kernel[(triton.cdiv(length, min(units)), batch, 2)](
         q, k, weight_q.contiguous(), weight_k.contiguous(), cos.contiguous(), sin.contiguous(), *outs, *sums,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), eps,
-        HEADS=heads, SIZE=size, CHUNK=chunk_of(warps), UNIT=unit, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps,
-        maxnreg=config.registers,
+        HEADS=heads, SIZE=size, CHUNK=warps * 32 * config.per_thread, UNIT_Q=units[0], UNIT_K=units[1],
+        BLOCK_Q=block_q, BLOCK_K=block_k, STAGES=config.stages, num_warps=warps, maxnreg=config.registers,
     )  # fmt: skip
-    means = [_means(x, length, unit, block) for x, block in zip(sums, (block_q, block_k), strict=True)]
+    means = [_means(*which, length) for which in zip(sums, units, (block_q, block_k), strict=True)]
     return outs[0], outs[1], means[0], means[1]
 
 
-def _means(sums: Tensor, length: int, unit: int, block: int) -> Tensor:
+def _means(sums: Tensor, unit: int, block: int, length: int) -> Tensor:
     """Sums of units [B, H, U, D] to means of blocks; where they are the same, the first kernel has divided."""
     if block in (0, unit):
         return sums
@@ -87,33 +104,36 @@ def _means(sums: Tensor, length: int, unit: int, block: int) -> Tensor:
 def _unit_kernel(
     q, k, weight_q, weight_k, cos, sin, q_out, k_out, q_sums, k_sums,
     length, stride_qb, stride_ql, stride_kb, stride_kl, eps,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, UNIT_Q: tl.constexpr, UNIT_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """UNIT rows of q or of k."""
+    """A unit of rows of q or of k."""
     sample = tl.program_id(1).to(tl.int64)
     if tl.program_id(2) == 0:
-        _unit(
-            q + sample * stride_qb, stride_ql, weight_q, cos, sin, q_out, q_sums, length, eps,
-            HEADS, SIZE, CHUNK, UNIT, BLOCK_Q,
-        )  # fmt: skip
+        if tl.program_id(0) * UNIT_Q < length:  # k may have more units, or q
+            _unit(
+                q + sample * stride_qb, stride_ql, weight_q, cos, sin, q_out, q_sums, length, eps,
+                HEADS, SIZE, CHUNK, UNIT_Q, BLOCK_Q, STAGES,
+            )  # fmt: skip
     else:
-        _unit(
-            k + sample * stride_kb, stride_kl, weight_k, cos, sin, k_out, k_sums, length, eps,
-            HEADS, SIZE, CHUNK, UNIT, BLOCK_K,
-        )  # fmt: skip
+        if tl.program_id(0) * UNIT_K < length:
+            _unit(
+                k + sample * stride_kb, stride_kl, weight_k, cos, sin, k_out, k_sums, length, eps,
+                HEADS, SIZE, CHUNK, UNIT_K, BLOCK_K, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit
 def _unit(
     x, stride, weight, cos, sin, out, sums, length, eps,
     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows `UNIT * program` and on of the sample that starts at x. BLOCK: rows of a mean, 0 = none wanted."""
     WIDTH: tl.constexpr = HEADS * SIZE
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     dtype: tl.constexpr = x.dtype.element_ty
-    sample, units = tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    sample, units = tl.program_id(1).to(tl.int64), tl.cdiv(length, UNIT)
     first = tl.program_id(0).to(tl.int64) * UNIT
     rows = tl.minimum(length - first, UNIT).to(tl.int32)
     x += first * stride
@@ -121,42 +141,49 @@ def _unit(
     cos += first * (SIZE // 2)
     sin += first * (SIZE // 2)
     pair = tl.arange(0, CHUNK // 2) % (SIZE // 2)  # the same for every chunk: whole heads
-    evens, odds = (), ()  # sums over the rows
-    if BLOCK > 0:
-        for _ in tl.static_range(COUNT):
-            evens = evens + (tl.zeros([CHUNK // 2], tl.float32),)
-            odds = odds + (tl.zeros([CHUNK // 2], tl.float32),)
+    factors, totals = (), ()  # totals: sums over the rows
+    for i in tl.static_range(COUNT):
+        factors = factors + (load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH),)
+        totals = totals + (tl.zeros([CHUNK], tl.float32),)
 
-    parts = load_row(x, WIDTH, CHUNK)
-    for row in tl.range(0, rows):
-        following = load_row(x + tl.minimum(row + 1, rows - 1) * stride, WIDTH, CHUNK)
+    for row in tl.range(0, rows, num_stages=STAGES):
+        parts = load_row(x + row * stride, WIDTH, CHUNK)
         c = tl.load(cos + row * (SIZE // 2) + pair)
         s = tl.load(sin + row * (SIZE // 2) + pair)
         inverse = root_mean_square(parts, eps, WIDTH)
-        more_evens, more_odds = (), ()
+        more = ()
         for i in tl.static_range(COUNT):
-            factor = load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH).to(tl.float32)
-            normed = rounded(parts[i].to(tl.float32) * inverse * factor, dtype)
+            normed = rounded(widened(parts[i]) * inverse * _widened_here(factors[i]), dtype)
             even, odd = tl.split(tl.reshape(normed, [CHUNK // 2, 2]))
-            even, odd = rounded(even * c - odd * s, dtype), rounded(even * s + odd * c, dtype)
-            turned = tl.reshape(tl.join(even, odd), [CHUNK]).to(dtype)
+            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [CHUNK])
+            turned = narrowed(turned, dtype)
             store_part(out + row * WIDTH, turned, i, WIDTH, CHUNK)
             if BLOCK > 0:
-                more_evens, more_odds = more_evens + (evens[i] + even,), more_odds + (odds[i] + odd,)
-        evens, odds = more_evens, more_odds
-        parts = following
+                more = more + (totals[i] + widened(turned),)
+        if BLOCK > 0:
+            totals = more
 
     if BLOCK > 0:
         for i in tl.static_range(COUNT):
-            total = tl.reshape(tl.join(evens[i], odds[i]), [CHUNK])
-            if BLOCK == UNIT:
-                total = total / rows
+            total = totals[i] / (rows if BLOCK == UNIT else 1)
             column = columns(i, CHUNK)
             place = ((sample * HEADS + column // SIZE) * units + tl.program_id(0)) * SIZE + column % SIZE
             if (i + 1) * CHUNK <= WIDTH:
                 tl.store(sums + place, total)
             else:
                 tl.store(sums + place, total, mask=column < WIDTH)
+
+
+@triton.jit
+def _widened_here(x):
+    """x in float32, where it is asked for: left to itself the compiler does it before the loop, and keeps registers
+    twice as wide over it."""
+    if COMPILED and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=False, pack=2
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

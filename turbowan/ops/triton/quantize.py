@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rounding import CODES, block_codes, chunk_of, load_row, store_row, warps_for
+from .rounding import CODES, block_codes, block_scale, chunk_of, load_row, slab_of, store_row, warps_for
 
 BLOCK = 128
 BLOCK_WARPS = 8
@@ -23,24 +23,27 @@ def candidates() -> list[int]:
 def _row_kernel(x, codes, scale, stride, WIDTH: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr):
     """One row."""
     row = tl.program_id(0).to(tl.int64)
-    read = load_row(x + row * stride, WIDTH, CHUNK)
-    parts = ()
-    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
-        parts = parts + (read[i].to(tl.float32),)
+    parts = load_row(x + row * stride, WIDTH, CHUNK)
     store_row(codes + row * WIDTH, scale + row, parts, WIDTH, CHUNK, FORMAT)
 
 
 @triton.jit
-def _block_kernel(x, codes, scale, M, K, stride, BLOCK: tl.constexpr):
-    """One block of BLOCK x BLOCK."""
+def _block_kernel(x, codes, scale, M, K, stride, BLOCK: tl.constexpr, SLAB: tl.constexpr):
+    """One block of BLOCK x BLOCK, SLAB rows at a time."""
     index = tl.program_id(0)
     across = tl.cdiv(K, BLOCK)
-    row = ((index // across) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    row = ((index // across) * BLOCK + tl.arange(0, SLAB)).to(tl.int64)[:, None]
     column = ((index % across) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = (row < M) & (column < K)
-    found, step = block_codes(tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32))
-    tl.store(codes + row * K + column, found, mask=inside)
-    tl.store(scale + index, step)
+    x += row * stride + column
+    parts = ()
+    for i in tl.static_range(0, BLOCK, SLAB):
+        parts = parts + (tl.load(x + i * stride, mask=(row + i < M) & (column < K), other=0.0),)
+    factor, found = block_scale(parts)
+    codes += row * K + column
+    for i in tl.static_range(BLOCK // SLAB):
+        at = i * SLAB
+        tl.store(codes + at * K, block_codes(parts[i], factor), mask=(row + at < M) & (column < K))
+    tl.store(scale + index, found)
 
 
 def quantize_int8_rowwise(x: Tensor, num_warps: int | None = None) -> tuple[Tensor, Tensor]:
@@ -72,5 +75,6 @@ def quantize_int8_blockwise(x: Tensor, num_warps: int | None = None) -> tuple[Te
     scale = torch.empty((triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK)), dtype=torch.float32, device=x.device)
     if m > 0:
         warps = num_warps or BLOCK_WARPS
-        _block_kernel[(scale.numel(),)](x, codes, scale, m, k, x.stride(0), BLOCK, num_warps=warps)
+        slab = slab_of(warps, BLOCK)
+        _block_kernel[(scale.numel(),)](x, codes, scale, m, k, x.stride(0), BLOCK, slab, num_warps=warps)
     return codes, scale

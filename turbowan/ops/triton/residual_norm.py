@@ -18,34 +18,41 @@ from ..fp8_rowwise import quantize_fp8_rowwise
 from ..int8_blockwise import BLOCK
 from .rounding import (
     CODES,
+    COMPILED,
     block_codes,
+    block_scale,
     chunk_of,
     columns,
     config_for,
     has_fp8,
     load_columns,
     load_row,
+    narrowed,
     rounded,
+    slab_of,
     store_part,
     store_row,
     warps_for,
+    widened,
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """warps: of a row's program; 0 = by the width. block_warps: of a block's."""
+    """warps: of a row's program; 0 = by the width. block_warps: of a block's. block_registers: of its
+    threads, at most."""
 
     warps: int = 0
-    block_warps: int = 8
+    block_warps: int = 16
+    block_registers: int = 64
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=8, block_registers=80)}
 
 
 def candidates() -> list[Config]:
     """What the sweep tries."""
-    return [Config(warps, 8) for warps in (0, 1, 2, 4, 8, 16)] + [Config(0, 16)]
+    return [Config(), Config(1, 16), Config(2, 32), Config(8, 8, 80)]
 
 
 def residual_norm(
@@ -91,7 +98,9 @@ def residual_norm(
         source = x if delta is None else x_new
         _block_kernel[(triton.cdiv(width, BLOCK), blocks, batch)](
             source, mean, deviation, *vectors, rows, row_scale,
-            length, padded, source.stride(0), source.stride(1), WIDTH=width, BLOCK=BLOCK, num_warps=config.block_warps,
+            length, padded, source.stride(0), source.stride(1), WIDTH=width, BLOCK=BLOCK,
+            SLAB=slab_of(config.block_warps, BLOCK), num_warps=config.block_warps,
+            maxnreg=config.block_registers,
         )  # fmt: skip
     return x_new, rows, row_scale
 
@@ -127,27 +136,27 @@ def _row_kernel(
         changes = load_row(delta + sample * stride_db + row * stride_dl, WIDTH, CHUNK)
         sums = ()
         for i in tl.static_range(COUNT):
-            change = changes[i]
+            change = widened(changes[i])
             if gate is not None:
                 factor = load_columns(gate + sample * stride_gate, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH)
                 # `rounded` is opaque: left to itself the compiler makes one fma of product and sum in bfloat16
-                change = rounded(change.to(tl.float32) * factor.to(dtype).to(tl.float32), dtype)
-            sums = sums + ((parts[i].to(tl.float32) + change.to(tl.float32)).to(dtype),)
+                change = rounded(change * factor.to(dtype).to(tl.float32), dtype)
+            sums = sums + (narrowed(widened(parts[i]) + change, dtype),)
         parts = sums
         for i in tl.static_range(COUNT):
             store_part(x_new + dense * WIDTH, parts[i], i, WIDTH, CHUNK)
 
-    total = parts[0].to(tl.float32)
+    total = widened(parts[0])
     for i in tl.static_range(1, COUNT):
-        total += parts[i].to(tl.float32)
-    mean = tl.sum(total, axis=0) / WIDTH
+        total += widened(parts[i])
+    mean = _average(tl.sum(total, axis=0), WIDTH)
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(COUNT):
-        centred = parts[i].to(tl.float32) - mean
+        centred = widened(parts[i]) - mean
         if (i + 1) * CHUNK > WIDTH:
             centred = tl.where(columns(i, CHUNK) < WIDTH, centred, 0.0)
         total += centred * centred
-    variance = tl.sum(total, axis=0) / WIDTH
+    variance = _average(tl.sum(total, axis=0), WIDTH)
     if OFFICIAL > 0:
         variance += OFFICIAL / WIDTH * mean * mean
     deviation = tl.rsqrt(variance + eps)
@@ -162,13 +171,25 @@ def _row_kernel(
         for i in tl.static_range(COUNT):
             column = columns(i, CHUNK)
             out = _normalise(
-                parts[i].to(tl.float32), mean, deviation, weight, bias, shift_row, scale_row,
+                widened(parts[i]), mean, deviation, weight, bias, shift_row, scale_row,
                 column, WIDTH, (i + 1) * CHUNK <= WIDTH, dtype,
             )  # fmt: skip
             if (i + 1) * CHUNK > WIDTH:
-                out = tl.where(column < WIDTH, out, 0.0)
+                out = tl.where(column < WIDTH, out, tl.zeros_like(out))
             outs = outs + (out,)
         store_row(rows + dense * WIDTH, row_scale + dense, outs, WIDTH, CHUNK, FORMAT)
+
+
+@triton.jit
+def _average(total, WIDTH: tl.constexpr):
+    """total / WIDTH, rounded as it is stored for blocks: left to itself, the assembler makes one fma of it and the
+    subtraction from x where nothing else needs it, and codes of blocks then differ from those of the rows."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [total, 1.0 / WIDTH], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return total / WIDTH
 
 
 @triton.jit
@@ -176,40 +197,49 @@ def _normalise(
     x, mean, deviation, weight, bias, shift, scale, column, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm rounded to dtype, then modulation, rounded again; all in float32."""
+    """LayerNorm rounded to dtype, then modulation, rounded again."""
     out = (x - mean) * deviation
     if weight is not None:
         out = out * load_columns(weight, column, WIDTH, WHOLE).to(tl.float32)
     if bias is not None:
         out = out + load_columns(bias, column, WIDTH, WHOLE).to(tl.float32)
-    out = rounded(out, dtype)
+    out = narrowed(out, dtype)
     if scale is not None:
         factor = 1.0 + load_columns(scale, column, WIDTH, WHOLE)
-        out = rounded(out * factor + load_columns(shift, column, WIDTH, WHOLE), dtype)
+        out = narrowed(widened(out) * factor + load_columns(shift, column, WIDTH, WHOLE), dtype)
     return out
 
 
 @triton.jit
 def _block_kernel(
-    x, means, deviations, weight, bias, shift, scale, stride_shift, stride_scale, codes, block_scale,
-    length, padded, stride_xb, stride_xl, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x, means, deviations, weight, bias, shift, scale, stride_shift, stride_scale, codes, block_scales,
+    length, padded, stride_xb, stride_xl, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLAB: tl.constexpr,
 ):  # fmt: skip
-    """One block of BLOCK x BLOCK; rows from `length` up to `padded` become zeros."""
+    """One block of BLOCK x BLOCK, SLAB rows at a time; rows from `length` up to `padded` become zeros."""
     WHOLE: tl.constexpr = WIDTH % BLOCK == 0
     sample = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    row = (tl.program_id(1) * BLOCK + tl.arange(0, SLAB)).to(tl.int64)[:, None]
     column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = (row < length) & (column < WIDTH)
-    part = tl.load(x + sample * stride_xb + row * stride_xl + column, mask=inside, other=0.0)
-    mean = tl.load(means + sample * length + row, mask=row < length, other=0.0)
-    deviation = tl.load(deviations + sample * length + row, mask=row < length, other=0.0)
     shift_row = None if shift is None else shift + sample * stride_shift
     scale_row = None if scale is None else scale + sample * stride_scale
-    out = _normalise(
-        part.to(tl.float32), mean, deviation, weight, bias, shift_row, scale_row, column, WIDTH, WHOLE, part.dtype
-    )
-    found, found_scale = block_codes(tl.where(inside, out, 0.0))
-    where = codes + (sample * padded + row) * WIDTH + column
-    tl.store(where, found, mask=(row < padded) & (column < WIDTH))
+    parts, outs = (), ()
+    for i in tl.static_range(0, BLOCK, SLAB):  # the last row again and again past the end: the maximum stays
+        at = x + sample * stride_xb + tl.minimum(row + i, length - 1) * stride_xl + column
+        parts = parts + (tl.load(at, mask=column < WIDTH, other=0.0, eviction_policy="evict_first"),)
+    for i in tl.static_range(BLOCK // SLAB):
+        at = sample * length + tl.minimum(row + i * SLAB, length - 1)
+        out = _normalise(
+            widened(parts[i]), tl.load(means + at), tl.load(deviations + at), weight, bias, shift_row, scale_row,
+            column, WIDTH, WHOLE, x.dtype.element_ty,
+        )  # fmt: skip
+        if not WHOLE:
+            out = tl.where(column < WIDTH, out, tl.zeros_like(out))
+        outs = outs + (out,)
+    factor, found = block_scale(outs)
+    codes += (sample * padded + row) * WIDTH + column
+    for i in tl.static_range(BLOCK // SLAB):
+        at = row + i * SLAB
+        kept = block_codes(outs[i], tl.where(at < length, factor, 0.0))
+        tl.store(codes + i * SLAB * WIDTH, kept, mask=(at < padded) & (column < WIDTH))
     index = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(block_scale + index, found_scale)
+    tl.store(block_scales + index, found)

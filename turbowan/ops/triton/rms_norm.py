@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rounding import chunk_of, columns, config_for, load_columns, load_row, store_part, warps_for
+from .rounding import chunk_of, columns, config_for, load_columns, load_row, store_part, warps_for, widened
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, config: Config | None = None
 @triton.jit
 def root_mean_square(parts, eps, WIDTH: tl.constexpr):
     """1 / sqrt(mean(x^2) + eps) of a row in chunks, zeros past its end."""
-    total = parts[0].to(tl.float32) * parts[0].to(tl.float32)
+    total = widened(parts[0]) * widened(parts[0])
     for i in tl.static_range(1, len(parts)):
-        part = parts[i].to(tl.float32)
+        part = widened(parts[i])
         total += part * part
     return tl.rsqrt(tl.sum(total, axis=0) / WIDTH + eps)
 
@@ -59,6 +59,6 @@ def _row_kernel(x, weight, out, stride_b, stride_l, eps, WIDTH: tl.constexpr, CH
     parts = load_row(x + sample * stride_b + row * stride_l, WIDTH, CHUNK)
     inverse = root_mean_square(parts, eps, WIDTH)
     for i in tl.static_range(len(parts)):
-        factor = load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH).to(tl.float32)
-        normed = (parts[i].to(tl.float32) * inverse * factor).to(x.dtype.element_ty)
+        factor = widened(load_columns(weight, columns(i, CHUNK), WIDTH, (i + 1) * CHUNK <= WIDTH))
+        normed = (widened(parts[i]) * inverse * factor).to(x.dtype.element_ty)
         store_part(out + (sample * tl.num_programs(0) + row) * WIDTH, normed, i, WIDTH, CHUNK)

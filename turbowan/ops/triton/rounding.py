@@ -34,6 +34,11 @@ def chunk_of(warps: int) -> int:
     return warps * 32 * PER_THREAD
 
 
+def slab_of(warps: int, block: int) -> int:
+    """Rows of a block of block x block that are loaded at once."""
+    return min(block, chunk_of(warps) // block)
+
+
 def config_for(table: dict[tuple[int, int], T], device: torch.device) -> T:
     """The entry of the highest capability that the device has; of the lowest one, under the interpreter."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -86,58 +91,96 @@ def store_part(x, part, i: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexp
 
 @triton.jit
 def store_row(row, scale, parts, WIDTH: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr):
-    """Chunks in float32, zeros past the end, to a row of a format ("bf16", "int8_row", "fp8_row") and its scale."""
+    """Chunks in their own dtype, zeros past the end, to a row of a format ("bf16", "int8_row", "fp8_row") and its
+    scale."""
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     if FORMAT == "bf16":
         for i in tl.static_range(COUNT):
-            store_part(row, parts[i].to(row.dtype.element_ty), i, WIDTH, CHUNK)
+            store_part(row, parts[i], i, WIDTH, CHUNK)
     else:
         largest = tl.abs(parts[0])
         for i in tl.static_range(1, COUNT):
-            largest = tl.maximum(largest, tl.abs(parts[i]), propagate_nan=tl.PropagateNan.ALL)
-        top = tl.maximum(_largest(largest), 1e-5, propagate_nan=tl.PropagateNan.ALL)
+            largest = _larger(largest, parts[i])
+        top = tl.maximum(_largest(widened(largest)), 1e-5, propagate_nan=tl.PropagateNan.ALL)
         step = tl.div_rn(top, 127.0 if FORMAT == "int8_row" else 448.0)
         tl.store(scale, step)
         inverse = tl.div_rn(1.0, step)
-        for i in tl.static_range(COUNT):
-            ratio = _quotient(parts[i], step, inverse)
-            if FORMAT == "int8_row":
-                store_part(row, _integers(ratio), i, WIDTH, CHUNK)
-            else:
-                store_part(row, ratio.to(tl.float8e4nv), i, WIDTH, CHUNK)
+        if FORMAT == "int8_row" and parts[0].dtype == tl.bfloat16:
+            inverse = _factor(top, step, inverse)
+            for i in tl.static_range(COUNT):
+                store_part(row, _low_byte(tl.fma(widened(parts[i]), inverse, _NEAREST)), i, WIDTH, CHUNK)
+        else:
+            for i in tl.static_range(COUNT):
+                ratio = quotient(widened(parts[i]), step, inverse)
+                if FORMAT == "int8_row":
+                    store_part(row, _integers(ratio), i, WIDTH, CHUNK)
+                else:
+                    store_part(row, ratio.to(tl.float8e4nv), i, WIDTH, CHUNK)
 
 
 @triton.jit
-def block_codes(x):
-    """A block in float32, zeros outside -> its int8 codes and scale."""
-    top = tl.maximum(_largest(tl.abs(x)), 1e-8, propagate_nan=tl.PropagateNan.ALL)
-    return _integers(tl.minimum(x * tl.div_rn(128.0, top), 127.0)), top / 128.0
+def block_scale(parts):
+    """Of a block, as parts of it in their own dtype, zeros outside: what makes it codes, and its scale."""
+    largest = tl.abs(parts[0])
+    for i in tl.static_range(1, len(parts)):
+        largest = _larger(largest, parts[i])
+    top = tl.maximum(_largest(widened(largest)), 1e-8, propagate_nan=tl.PropagateNan.ALL)
+    return tl.div_rn(128.0, top), top / 128.0
+
+
+@triton.jit
+def block_codes(part, factor):
+    """int8 codes of a part of a block."""
+    return _integers(tl.minimum(widened(part) * factor, 127.0))
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 as its nearest number of dtype. Two at a time where that has 16 bits: the conversion of a single number
+    runs at an eighth of the arithmetic's rate on sm90. Opaque: else a product and a sum become one fma in 16 bits."""
+    if COMPILED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif COMPILED and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widened(x):
+    """x in float32; of two bfloat16 in a register, which Triton takes apart first, with one instruction each."""
+    if COMPILED and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 as its nearest number of dtype, in float32. Two at a time where bfloat16 is meant: the conversion of a
-    single number runs at an eighth of the arithmetic's rate on sm90."""
-    if COMPILED and dtype == tl.bfloat16:
+    """float32 as its nearest number of dtype, in float32."""
+    return widened(narrowed(x, dtype))
+
+
+@triton.jit
+def _larger(x, y):
+    """The larger one of x >= 0 and |y|, or NaN; two at a time where they are bfloat16."""
+    if COMPILED and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000; }",
-            "=r,=r,r,r",
-            [x],
-            dtype=tl.float32,
+            "{ .reg .b32 size; and.b32 size, $2, 0x7fff7fff; max.NaN.bf16x2 $0, $1, size; }",
+            "=r,r,r",
+            [x, y],
+            dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
         )
-    elif COMPILED and dtype == tl.float16:  # opaque, too: else a product and a sum become one fma in float16
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half; }",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
     else:
-        return x.to(dtype).to(tl.float32)
+        return tl.maximum(x, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -150,13 +193,40 @@ def _largest(x):
 
 
 @triton.jit
-def _quotient(x, divisor, inverse):
+def quotient(x, divisor, inverse):
     """x / divisor as IEEE division rounds it, from the rounded 1 / divisor: one step of Newton's (Markstein, 1990)."""
     near = x * inverse
     return tl.fma(tl.fma(-near, divisor, x), inverse, near)
 
 
 @triton.jit
+def _factor(top, step, inverse):
+    """1 / step, turned by as little as makes x times it, not rounded before the integer is taken, the integer nearest
+    to x / step as IEEE division rounds that; for a step of top / 127, top and every |x| <= top in bfloat16.
+
+    Quotients of such numbers lie on halves or further from them than 20 units in the last place of the factor. On
+    halves lies top / 2 (and others, if step is a power of two; then nothing need be turned): it decides.
+    """
+    half = 0.5 * top
+    wanted = quotient(half, step, inverse) + _NEAREST
+    found = tl.fma(half, inverse, _NEAREST)
+    bits = inverse.to(tl.int32, bitcast=True)
+    return tl.where(found < wanted, bits + 2, tl.where(found > wanted, bits - 2, bits)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _integers(x):
     """Round to int8, half to even; |x| < 2^22."""
-    return (x + _NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
+    return _low_byte(x + _NEAREST)
+
+
+@triton.jit
+def integers_away(x):
+    """Round to int8, half away from zero, with what float32 holds next below a half; |x| < 2^21."""
+    return _low_byte(tl.fma(x, 1.0 + 2**-23, _NEAREST))
+
+
+@triton.jit
+def _low_byte(x):
+    """Of a float32's bits, as int8."""
+    return x.to(tl.int32, bitcast=True).to(tl.int8)

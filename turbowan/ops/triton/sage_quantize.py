@@ -1,24 +1,19 @@
-"""What SageSLA multiplies: int8 codes of q and k with a scale per block, e4m3 codes of v with a scale per channel."""
+"""What SageSLA multiplies: int8 codes of q and k with a scale per block, e4m3 codes of v with a scale per channel.
+
+The tensor cores leave a thread other columns of q k^T than they want of the 8-bit probabilities. v's tokens are
+therefore stored, 16 at a time, in the order in which threads hold their columns: no probability changes threads.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rounding import integers_away, quotient
 from .select_blocks import less_mean
 
 V_RANGE = 2.25  # the largest |v| after scaling, as in the eager twin
 _PAD = 128  # v's tokens are filled up with zeros to a multiple
-
-
-@triton.jit
-def to_int8(x, rows_inside, largest=0.0):
-    """A float32 block as codes (half away from zero) and its scale; rows outside count as zero. largest: the size of
-    the largest number that shares the scale elsewhere."""
-    x = tl.where(rows_inside, x, 0.0)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), largest) / 127 + 1e-7
-    ratio = x / scale
-    return (ratio + tl.where(ratio < 0, -0.5, 0.5)).to(tl.int8), scale
 
 
 @triton.jit
@@ -34,21 +29,38 @@ def to_e4m3(x, NATIVE: tl.constexpr):
     return out
 
 
+@triton.jit
+def _token_at(place):
+    """The token at a place of v's codes: of each 16, token 8 a + 2 t + b lies at 4 t + 2 a + b (a, b < 2, t < 4)."""
+    return (place & -15) | ((place & 2) << 2) | ((place & 12) >> 1)
+
+
+@triton.jit
+def as_stored(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x [ROWS, COLUMNS] with its columns in the order of v's tokens; in a product's own layout, nothing moves."""
+    x = tl.reshape(x, (ROWS, COLUMNS // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
+
+
 @triton.jit(do_not_specialize=["length"])
-def _keys(
-    k, k_mean, codes, scales, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr
-):
+def _blocks(
+    x, mean, codes, scales, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Codes are rounded half away from zero."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows < length)[:, None]
-    rows = rows.to(tl.int64)[:, None]
+    rows = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
     columns = tl.arange(0, D)
-    k += (head // heads) * stride_b + (head % heads) * stride_h
-    tile = tl.load(k + rows * stride_l + columns[None, :], mask=inside, other=0.0)
-    out, scale = to_int8(less_mean(tile, k_mean + head * D, D).to(tl.float32), inside)
+    x += (head // heads) * stride_b + (head % heads) * stride_h
+    last = tl.minimum(rows, length - 1).to(tl.int64)  # again and again past the end: the maximum stays
+    tile = tl.load(x + last * stride_l + columns[None, :])
+    if mean is not None:
+        tile = less_mean(tile, mean + head * D, D)
+    tile = tile.to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.max(tl.abs(tile), axis=1), axis=0), 127.0) + 1e-7
+    out = integers_away(quotient(tile, scale, tl.div_rn(1.0, scale)))
     at = (((head // heads) * length + rows) * heads + head % heads) * D + columns[None, :]
-    tl.store(codes + at, out, mask=inside)
+    tl.store(codes + at, out, mask=rows < length)
     tl.store(scales + head * tl.num_programs(0) + block, scale)
 
 
@@ -83,38 +95,40 @@ def _values(
     NATIVE: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = _token_at(places)
     columns = tl.arange(0, D)
     v += (head // heads) * stride_b + (head % heads) * stride_h
     at = rows.to(tl.int64)[:, None] * stride_l + columns[None, :]
     tile = tl.load(v + at, mask=(rows < length)[:, None], other=0.0).to(tl.float32)
-    out = to_e4m3(tile / tl.load(scales + head * D + columns)[None, :], NATIVE)
-    tl.store(codes + (head * D + columns[:, None]) * padded + rows[None, :], tl.trans(out))
+    scale = tl.load(scales + head * D + columns)
+    out = to_e4m3(quotient(tile, scale[None, :], tl.div_rn(1.0, scale)[None, :]), NATIVE)
+    tl.store(codes + (head * D + columns[:, None]) * padded + places[None, :], tl.trans(out))
 
 
-def quantize_keys(k: Tensor, k_mean: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """k less its mean over all tokens, both rounded to k's dtype.
+def quantize_blocks(x: Tensor, mean: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """Queries, or keys less their mean over all tokens, both rounded to their dtype.
 
     Args:
-        k: [B, L, H, D]. k_mean: float32 [B, H, D].
+        x: [B, L, H, D], last axis contiguous. mean: float32 [B, H, D].
 
     Returns:
         int8 [B, L, H, D], contiguous, and float32 scales [B, H, ceil(L / block)].
     """
-    batch, length, heads, size = k.shape
+    batch, length, heads, size = x.shape
     blocks = triton.cdiv(length, block)
-    codes = k.new_empty(k.shape, dtype=torch.int8)
-    scales = k.new_empty((batch, heads, blocks), dtype=torch.float32)
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scales = x.new_empty((batch, heads, blocks), dtype=torch.float32)
     grid = (blocks, batch * heads)
-    _keys[grid](k, k_mean, codes, scales, length, heads, *k.stride()[:3], block, size, num_warps=4)
+    _blocks[grid](x, mean, codes, scales, length, heads, *x.stride()[:3], block, size, num_warps=block // 16)
     return codes, scales
 
 
 def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v [B, L, H, D] -> e4m3 [B, H, D, padded L], tokens last as fp8 products on Hopper want them, zero at the end
-    (float32 with the same values on a CPU), and float32 scales [B, H, D]."""
+    """v [B, L, H, D] -> e4m3 [B, H, D, padded L], tokens last as fp8 products on Hopper want them, in the order
+    of `as_stored`, zero at the end (float32 with the same values on a CPU), and float32 scales [B, H, D]."""
     batch, length, heads, size = v.shape
-    chunk = 2048
+    chunk = 512  # enough programs that the last ones to start do not count
     chunks = triton.cdiv(length, chunk)
     peaks = v.new_empty((batch, heads, chunks, size), dtype=torch.float32)
     _peaks[(chunks, batch * heads)](v, peaks, length, heads, *v.stride()[:3], chunk, size, num_warps=8)
@@ -122,8 +136,9 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     padded = triton.cdiv(length, _PAD) * _PAD
     dtype = torch.float8_e4m3fn if v.is_cuda else torch.float32
     codes = v.new_empty((batch, heads, size, padded), dtype=dtype)
-    grid = (padded // _PAD, batch * heads)
+    rows = 64  # of a program: 128 leave a multiprocessor room for one only
+    grid = (padded // rows, batch * heads)
     _values[grid](
-        v, scales, codes, length, padded, heads, *v.stride()[:3], _PAD, size, v.is_cuda, num_warps=8
+        v, scales, codes, length, padded, heads, *v.stride()[:3], rows, size, v.is_cuda, num_warps=4
     )  # fmt: skip
     return codes, scales

@@ -1,15 +1,13 @@
 """Exact attention over listed key blocks; the linear branch is added before the result is stored, once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
+from .hopper import HAS_GLUON
 from .linear_state import EPSILON, add_linear_branch
 from .online_softmax import LOG2_E, attend, can_describe, load_rows, rows_of
 from .rounding import config_for
@@ -78,43 +76,36 @@ class Config:
     """rows: of a program, 64 or 128, at most the query block's, which share its list; four warps hold 64.
 
     tile: keys per step. descriptors: whether Hopper's copy engine loads them (never where strides forbid it).
-    overlapped: the kernel of `hopper_attention.py`, for sm90 only; its warps are block_q / 16, its tile 64.
     """
 
     rows: int
     stages: int
     tile: int = 64
     descriptors: bool = False
-    overlapped: bool = False
 
 
-# by capability; the nearest below counts. (9, 0): of 14B at 832x480, 64 rows take 4.4 ms where 128 take 5.2
-CONFIGS = {
-    (8, 0): Config(64, 2),  # not measured
-    (9, 0): Config(64, 3, descriptors=True),
-    (10, 0): Config(128, 3, descriptors=True),  # not measured
-    (12, 0): Config(64, 2, descriptors=True),  # 99 kB a program; not measured
+@dataclass(frozen=True)
+class HopperConfig:
+    """The kernel of `hopper_attention.py`, for query blocks of 128. stages: of 64 keys and values, 2 to 4."""
+
+    stages: int = 4
+
+
+# by capability, the nearest below counts; in order of preference: the first that can run does
+CONFIGS: dict[tuple[int, int], tuple[Config | HopperConfig, ...]] = {
+    (8, 0): (Config(64, 2),),  # not measured
+    (9, 0): (HopperConfig(), Config(64, 3, descriptors=True)),  # 14B at 832x480: 3.6 ms, 4.4; 128 rows 5.2
+    (10, 0): (Config(128, 3, descriptors=True),),  # not measured
+    (12, 0): (Config(64, 2, descriptors=True),),  # 99 kB a program; not measured
 }
 
 
-@cache
-def _placed_by_hand() -> Callable[..., Tensor] | None:
-    """The kernel of `hopper_attention.py`; None without Gluon as it is since Triton 3.6, or in the interpreter."""
-    if INTERPRETED:
-        return None
-    try:
-        from .hopper_attention import overlapped_attention
-    except (ImportError, AttributeError):
-        return None
-    return overlapped_attention
-
-
-def candidates(block_q: int, block_k: int) -> list[Config]:
+def candidates(block_q: int, block_k: int) -> list[Config | HopperConfig]:
     """What a sweep tries."""
     tiles = [tile for tile in (64, 128) if tile <= block_k]
     heights = [rows for rows in (64, 128) if rows <= block_q]
-    pipelined = product(heights, (2, 3, 4), tiles, (True, False))
-    return [Config(*how) for how in pipelined] + [Config(block_q, stages, 64, True, True) for stages in (2, 3, 4)]
+    by_hand: list[Config | HopperConfig] = [HopperConfig(stages) for stages in (3, 4) if HAS_GLUON and block_q == 128]
+    return by_hand + [Config(*how) for how in product(heights, (2, 3), tiles, (True, False))]
 
 
 def sparse_attention(
@@ -127,7 +118,7 @@ def sparse_attention(
     bias: Tensor,
     block_q: int,
     block_k: int,
-    config: Config | None = None,
+    config: Config | HopperConfig | None = None,
 ) -> Tensor:
     """Attention over the listed key blocks plus the linear branch.
 
@@ -139,12 +130,15 @@ def sparse_attention(
     Returns:
         [B, L, H, D] in q's dtype, contiguous.
     """
-    config = config or config_for(CONFIGS, q.device)
+    if config is None:
+        by_hand = HAS_GLUON and block_q == 128 and can_describe(q, k, v)
+        config = next(known for known in config_for(CONFIGS, q.device) if by_hand or isinstance(known, Config))
+    if isinstance(config, HopperConfig):
+        from .hopper_attention import attention
+
+        return attention(q, k, v, lists, folded, key_sums, bias, block_k, config.stages)
     rows = min(config.rows, block_q)
     descriptors = config.descriptors and can_describe(k, v)
-    by_hand = _placed_by_hand() if config.overlapped and can_describe(q, k, v) else None
-    if by_hand is not None:
-        return by_hand(q, k, v, lists, folded, key_sums, bias, block_q, block_k, config.stages)
     length, heads, size = q.shape[1:]
     out = q.new_empty(q.shape)
     for b in range(q.shape[0]):  # a sample's rows end where a descriptor ends

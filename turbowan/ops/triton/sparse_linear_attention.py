@@ -7,7 +7,7 @@ from .linear_state import linear_state
 from .online_softmax import heads_last
 from .rounding import has_fp8
 from .sage_attention import sage_attention
-from .sage_quantize import quantize_keys, quantize_values
+from .sage_quantize import quantize_blocks, quantize_values
 from .select_blocks import block_means, select_blocks, token_means
 from .sparse_attention import sparse_attention
 
@@ -36,7 +36,7 @@ def sparse_linear_attention(
     lists, k_mean = selected_lists(q, k, topk_ratio, block_q, block_k, q_means, k_means)
     folded, key_sums = linear_state(k, v, proj_weight)
     if precision == "int8":
-        keys, values = quantize_keys(k, k_mean, block_k), quantize_values(v)
+        keys, values = quantize_blocks(k, k_mean, block_k), quantize_values(v)
         return sage_attention(q, keys, values, lists, folded, key_sums, proj_bias, block_q, block_k)
     return sparse_attention(q, k, v, lists, folded, key_sums, proj_bias, block_q, block_k)
 

@@ -24,12 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper import barrier, copy_in, copy_out
 from .matmul_int8 import HopperConfig
 
-# names of later versions of Triton, else those of 3.6
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 ROWS, COLUMNS, STEP = 128, 256, 128  # of a tile; of K per step
 
 
@@ -56,9 +53,9 @@ def _load(a, b, shared, M, N, steps, GROUP: gl.constexpr, ROWS: gl.constexpr, CO
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)  # the first round finds all slots empty
             arrived = full.index(slot)
             mbarrier.expect(arrived, 2 * a.block_type.nbytes + b.block_type.nbytes)
-            _copy_in(a, [row, k * 128], arrived, a_slots.index(2 * slot))
-            _copy_in(a, [row + ROWS // 2, k * 128], arrived, a_slots.index(2 * slot + 1))
-            _copy_in(b, [column, k * 128], arrived, b_slots.index(slot))
+            copy_in(a, [row, k * 128], arrived, a_slots.index(2 * slot))
+            copy_in(a, [row + ROWS // 2, k * 128], arrived, a_slots.index(2 * slot + 1))
+            copy_in(b, [column, k * 128], arrived, b_slots.index(slot))
             count += 1
 
 
@@ -82,11 +79,11 @@ def _finish(part, dtype: gl.constexpr, GELU: gl.constexpr):
 def _store(part, out, place, row, column):
     """Leave half a group's tile to the copy engine, once it has read the half before."""
     tma.store_wait(0)
-    _barrier()
+    barrier()
     place.store(part)
     fence_async_shared()
-    _barrier()
-    _copy_out(out, [row, column], place)
+    barrier()
+    copy_out(out, [row, column], place)
 
 
 @gluon.jit

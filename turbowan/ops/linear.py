@@ -1,0 +1,50 @@
+"""Linear layers in 16 or 32 bits, with the activation that follows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .epilogue import check_activation
+from .registry import Constraints, Implementation, Operation
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return F.gelu(out, approximate="tanh") if activation == "gelu_tanh" else out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+def _by_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """GELU, in the same tanh form, in the product's epilogue: of the sum in float32, before it is rounded."""
+    if activation == "gelu_tanh" and bias is not None:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return _eager(x, weight, bias, activation)
+
+
+_operation = Operation("linear", _eager, _fake, _flops)
+_operation.add(
+    Implementation("cublaslt", _by_cublaslt, Constraints(("cuda",), (torch.bfloat16, torch.float16)), priority=1)
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x W^T + bias in x's dtype, and an activation.
+
+    Args:
+        x: [..., K]. weight: [N, K]. bias: [N]. activation: "none" or "gelu_tanh".
+
+    Returns:
+        [..., N].
+
+    Raises:
+        RequestError: unknown activation.
+    """
+    check_activation(activation)
+    return _operation(x.reshape(-1, x.shape[-1]), weight, bias, activation).view(*x.shape[:-1], -1)
