@@ -7,19 +7,16 @@ fails.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from real_server import HERE, REPOSITORY, Failed, Interrupted, Refused, Server
+from real_cases import Cases, parser
+from real_server import HERE, REPOSITORY, Failed, Interrupted, Refused, Server, python_of
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(REPOSITORY))
@@ -42,12 +39,7 @@ import turbowan
 from turbowan.checkpoints import load_transformer
 
 TINY = REPOSITORY / "turbowan" / "assets" / "tiny"
-CASES: list[Callable[[Server], str]] = []
-
-
-def case(function: Callable[[Server], str]) -> Callable[[Server], str]:
-    CASES.append(function)
-    return function
+case = Cases()
 
 
 @case
@@ -498,38 +490,20 @@ SEEDS = torch.Generator()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, help="ComfyUI's folder")
-    parser.add_argument("--python", type=Path, help="an interpreter with ComfyUI's packages")
-    parser.add_argument("-k", default="", help="only cases with this in their name")
-    parser.add_argument("--seed", type=int, help="repeat the seeds of an earlier run")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--seed", type=int, help="repeat the seeds of an earlier run")
+    args = options.parse_args()
     if args.folder is None:
         print("SKIPPED: no ComfyUI given; name its folder to run our nodes in it")
         return 0
-    beside = args.folder.resolve().parent / "venv" / "bin" / "python"
-    python = args.python or (beside if beside.exists() else Path(sys.executable))
     seed = args.seed if args.seed is not None else SEEDS.seed()
     SEEDS.manual_seed(seed)
     print(f"seed {seed}")
-    failed = 0
-    with Server(args.folder.resolve(), python) as server:
+    with Server(args.folder.resolve(), args.python or python_of(args.folder)) as server:
         for name in ("t2v-tiny.pth", "t2v-tiny-quant.pth"):
             (server.models("diffusion_models") / name).symlink_to(golden_file(name))
         (server.base / "input" / "t2v-tiny.io.safetensors").symlink_to(GOLDEN / "t2v-tiny.io.safetensors")
-        for run in CASES:
-            if args.k not in run.__name__:
-                continue
-            started = time.monotonic()
-            try:
-                result = run(server)
-                print(f"ok    {run.__name__} ({time.monotonic() - started:.1f} s): {result}", flush=True)
-            except (AssertionError, Refused, Failed, Interrupted, TimeoutError, OSError) as error:
-                failed += 1
-                print(f"FAIL  {run.__name__} ({time.monotonic() - started:.1f} s): {error}", flush=True)
-                traceback.print_exc()
-                print(server.log.read_text()[-3000:])
-    return 1 if failed else 0
+        return 1 if case.run(server, server, only=args.k) else 0
 
 
 if __name__ == "__main__":

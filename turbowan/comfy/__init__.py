@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .condition import TurboWanI2VPrepare, TurboWanSampler
 from .image_to_video import TurboDiffusionI2V
 from .keys import free
@@ -33,3 +35,4 @@ _NODES = {
 _FREE = free(_NODES, aliases=("WanVideoLoader", "WanVideoSampler"))
 NODE_CLASS_MAPPINGS = {key: node for key, (node, _) in _FREE.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {key: name for key, (_, name) in _FREE.items()}
+WEB_DIRECTORY = str(Path(__file__).parent / "web")  # scripts for the page
