@@ -48,7 +48,7 @@ def ours(net: WanTransformer, seed: int, sampler: str, steps: int = 4, single: b
     draws = noise.draw(RECORDED_SHAPE, steps, seed)
 
     def velocity(latent: Tensor, t: float, step: int) -> Tensor:
-        x, timestep = rcm.round_inputs(latent, torch.tensor(t, dtype=torch.float32) * 1000)
+        x, timestep, _ = rcm.round_inputs(latent, torch.tensor(t, dtype=torch.float32) * 1000)
         return net(x, timestep.expand(1), text)
 
     times = rcm.timesteps(steps, 80.0)
