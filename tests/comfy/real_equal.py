@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import torch
 from PIL import Image
 from real_cases import Cases
-from real_graphs import RECORDED_SHAPE, Graph, changed, node, recorded, sample_custom
+from real_graphs import RECORDED_SHAPE, Graph, changed, node, recorded, sample_custom, text_to_video
 from real_inputs import EMBEDDED, expanded, fresh_seed, start_picture
 from real_reference import (
     apart,
@@ -133,6 +135,22 @@ def every_call_of_an_8_bit_model_equals_the_engines(server: Server) -> str:
     assert count == 8, f"{count} evaluations, not 4 of each model"
     assert worst < 1e-5, f"{worst:.1e}"
     return f"{count} evaluations, at most {worst:.1e} apart"
+
+
+@case
+def a_compiled_model_gives_the_same(server: Server) -> str:
+    """TorchCompileModel leaves no rounding out: the sampler's are 4 of 1000 in the timestep."""
+    if shutil.which("g++") is None:
+        return "left out: torch.compile needs g++ on a CPU"
+    expanded(server, "tiny")
+    graph = changed(text_to_video(fresh_seed()), "model", model_name="tiny-floats.safetensors")
+    graph = {key: graph[key] for key in ("model", "clip", "text", "grid", "sampler", "empty", "sample")}
+    graph["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix="compiled")
+    graph = changed(graph, "grid", num_steps=2)
+    graph["compiled"] = node("TorchCompileModel", model=["model", 0], backend="inductor")
+    error = apart(kept(server, changed(graph, "sample", model=["compiled", 0])), kept(server, graph))
+    assert error < 2e-3, f"{error:.1e} apart"
+    return f"{error:.0e} apart"
 
 
 @case

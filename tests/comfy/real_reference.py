@@ -118,10 +118,9 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def in_floats(path: Path, changes: dict[str, Tensor], sla_topk: float | None = None) -> WanTransformer:
-    """A transformer with linear layers in float32, the changes added. sla_topk: None for dense attention."""
-    kind = {"attention": "original"} if sla_topk is None else {"sla_topk": sla_topk}
-    net = load_transformer(path, **kind)
+def in_floats(path: Path, changes: dict[str, Tensor]) -> WanTransformer:
+    """A transformer with linear layers in float32, the changes added, and dense attention."""
+    net = load_transformer(path, attention="original")
     round_linears(net, "bf16")
     for name, change in changes.items():
         net.get_submodule(name).weight.data += change
