@@ -24,6 +24,8 @@ class ProbeConditioning:
     def read(self, file: str, key: str) -> tuple:
         tensors = load_file(folder_paths.get_annotated_filepath(file))
         text = tensors[key].float()
+        if "known" in tensors:  # as another pack's nodes put it
+            return ([[{"crossattn_emb": text, "y_B_C_T_H_W": tensors["known"]}, {}]],)
         values: dict[str, Any] = {"pooled_output": None}
         if "clip_vision" in tensors:
             values["clip_vision_output"] = SimpleNamespace(penultimate_hidden_states=tensors["clip_vision"])

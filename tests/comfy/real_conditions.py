@@ -69,6 +69,30 @@ def several_pictures_are_the_first_frames(server: Server) -> str:
 
 
 @case
+def conditions_of_an_older_pack_reach_the_network(server: Server) -> str:
+    """A dictionary in the text's place, with mask and normalised latent as the network gets them."""
+    known = torch.cat([torch.zeros(1, 4, 3, 12, 16), torch.randn(1, 16, 3, 12, 16)], dim=1)
+    known[:, :4, 0] = 1
+    net = load_transformer(EMBEDDED["tiny-i2v-high"], sla_topk=0.7)
+    text = torch.randn(1, 512, net.config.text_dim)
+    save_file({"text": text, "known": known}, server.base / "input" / "older.safetensors")
+    graph = {key: image_to_video(0)[key] for key in ("high", "low")}
+    graph["told"] = node("ProbeConditioning", file="older.safetensors", key="text")
+    graph["empty"] = node("EmptyHunyuanLatentVideo", width=128, height=96, length=9, batch_size=1)
+    graph["sample"] = node(
+        "TurboWanDualExpertSampler", high_noise_model=["high", 0], low_noise_model=["low", 0], latent=["empty", 0],
+        conditioning=["told", 0], num_steps=1, boundary=0.9, seed=fresh_seed(), use_ode=True, sigma_max=200.0,
+    )  # fmt: skip
+    graph["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix="older")
+    kept(server, probed(graph, "sample", "high_noise_model", "older"))
+    (call,) = calls(server, "older")
+    error = apart(call["x"][:, 16:], known)
+    assert error < 1e-6, f"{error:.1e} from what was given"
+    assert torch.equal(call["context"], text)
+    return f"{error:.0e} from what was given"
+
+
+@case
 def conditions_for_other_models_are_refused_by_name(server: Server) -> str:
     text = load_file(GOLDEN / "t2v-tiny.io.safetensors")["context"].float()
     save_file({"context": text, "reference": torch.randn(1, 16, 1, 16, 24)}, server.base / "input" / "ref.safetensors")
