@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ATTENTION_OPTION = "turbowan_attention"  # in a patcher's transformer_options
 PAIR = "turbowan_low_noise_model"  # a patcher's attachment: the other expert
+_round_inputs = torch.compiler.disable(rcm.round_inputs)  # compilers leave out casts that cancel: the rounding itself
 _REFUSED = ("time_dim_concat", "reference_latent", "vace_context", "camera_conditions", "audio_embed", "pose_latents")
 
 
@@ -85,7 +86,7 @@ class Network(WanTransformer):
         channels = self.config.out_dim
         latent, condition = x[:, :channels], x[:, channels:] if x.shape[1] > channels else None
         if self.rounds:
-            latent, timestep, condition = rcm.round_inputs(latent, timestep, condition)
+            latent, timestep, condition = _round_inputs(latent, timestep, condition)
         self.attention = options.get(ATTENTION_OPTION, self.attention)
         text, rows = _without_tail(context)
         if self.config.image_dim is None:

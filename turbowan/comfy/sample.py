@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import RequestError
 from ..specs import ASPECT_RATIOS
 from . import foreign
 from .checks import IMAGE_CHANNELS, SIZES, check_model, check_pair, check_size, choose_size, frame_count
@@ -188,7 +189,6 @@ class TurboWanVideoSampler:
         seed: int = 0,
         use_ode: bool = False,
     ) -> tuple:
-        from ..errors import RequestError
         from . import first_frame
         from .model import PAIR
 
@@ -234,8 +234,6 @@ def shape_of(latent: Any) -> tuple[int, ...]:
     Raises:
         RequestError: they are no video latent of Wan's.
     """
-    from ..errors import RequestError
-
     samples = latent["samples"]
     if samples.ndim != 5 or samples.shape[1] != 16:
         raise RequestError(f"latent: a Wan video latent is [B, 16, T, h, w], got {list(samples.shape)}")
@@ -258,7 +256,6 @@ def sample(
     Raises:
         RequestError: an image-to-video model is told of no picture.
     """
-    from ..errors import RequestError
     from ..sampling import rcm
     from ..sampling.experts import switch_step
     from .steps import Expert, denoise
