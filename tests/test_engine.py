@@ -240,7 +240,7 @@ def test_image_to_video_with_clip_tokens(tmp_path, fresh_seed, relative_error):
 
     def velocity(x: torch.Tensor, t: float, step: int) -> torch.Tensor:
         timestep = (torch.tensor([t], dtype=torch.float32) * 1000).bfloat16().float()
-        return manual(x.float().bfloat16().float(), timestep, text, known, tokens)
+        return manual(x.float().bfloat16().float(), timestep, text, known.bfloat16().float(), tokens)
 
     with torch.no_grad():
         expected = rcm.sample(velocity, [noise], times)

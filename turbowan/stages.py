@@ -223,18 +223,18 @@ class Run:
         def velocity(latent: Tensor, t: float, step: int) -> Tensor:
             net = self._transformer(t)
             timestep = torch.tensor(t, dtype=torch.float32) * 1000
-            latent = latent.float()
+            latent, known = latent.float(), condition.image
             if settings.sampler == "rcm":
-                latent, timestep = rcm.round_inputs(latent, timestep)
+                latent, timestep, known = rcm.round_inputs(latent, timestep, known)
             elif settings.sampler == "unipc":  # Wan's scheduler has whole timesteps
                 timestep = timestep.trunc()
             times = timestep.to(self.device).expand(latent.shape[0])
 
             told = self._tell(net, condition)
-            wanted = net(latent, times, told[0], condition.image)
+            wanted = net(latent, times, told[0], known)
             if len(told) == 1:
                 return wanted
-            unwanted = net(latent, times, told[1], condition.image)
+            unwanted = net(latent, times, told[1], known)
             return unwanted + settings.guidance_scale * (wanted - unwanted)
 
         return velocity

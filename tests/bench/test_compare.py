@@ -26,6 +26,9 @@ def test_slower_cases_are_counted(tmp_path):
     assert compare([new], [old], 0.2)[1] == 0
     again = write(tmp_path / "again.jsonl", ("b", 2.0))
     assert compare([new, again], [old], 0.05)[1] == 0  # the faster of two runs counts
+    (tmp_path / "recorded").mkdir()
+    old.rename(tmp_path / "recorded" / "old.jsonl")
+    assert compare([new], [tmp_path / "recorded"], 0.05) == (rows, slower)
 
 
 def test_nothing_in_common_or_no_file(tmp_path):

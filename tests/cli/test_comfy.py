@@ -28,6 +28,7 @@ def test_the_folder_that_is_written_has_the_nodes(command_line: CommandLine, tmp
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.NODE_CLASS_MAPPINGS is NODE_CLASS_MAPPINGS
+    assert list(Path(module.WEB_DIRECTORY).glob("*.js"))  # for the page
 
 
 def test_what_is_no_comfyui_or_is_taken_is_refused(command_line: CommandLine, tmp_path: Path) -> None:

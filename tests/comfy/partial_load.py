@@ -74,6 +74,13 @@ def main() -> dict[str, object]:
         (apart(m.convert_weight(m.weight), full_weight(m)) for m in net.modules() if hasattr(m, "convert_weight")),
         default=0.0,
     )
+    comfy.model_management.vram_state = comfy.model_management.VRAMState.NO_VRAM
+    comfy.model_management.is_device_cpu = lambda device: False  # or nothing would stay behind
+    for name, patcher in (("novram", model), ("novram_lora", patched)):
+        patcher.detach()
+        comfy.model_management.load_models_gpu([patcher])
+        found[f"{name}_loaded"] = patcher.loaded_size()
+        found[name] = apart(net(*given), with_lora if name == "novram_lora" else base)
     gone = ref(load_model(Path(path), "original", 0.1, "cpu_only").model.diffusion_model)
     found["freed_at_once"] = gone() is None
     kept = load_model(Path(path), "original", 0.1, "layerwise_gpu")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from real_graphs import RECORDED_SHAPE, Graph
-from real_server import HERE, REPOSITORY, Server
+from real_graphs import RECORDED_SHAPE, Graph, changed, node
+from real_server import HERE, REPOSITORY, Failed, Refused, Server
 from safetensors.torch import load_file
 from torch import Tensor
 
 from turbowan.checkpoints import load_transformer
-from turbowan.models.pack import full_weight, is_linear
+from turbowan.models.pack import full_weight, is_linear, round_linears
 from turbowan.models.transformer import PATCH, TransformerConfig, WanTransformer
 from turbowan.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from turbowan.sampling import noise, rcm
+from turbowan.world.analyse import analyse_shapes
+from turbowan.world.scenes import COLOURS, MOTIONS, SHAPES
 
 GOLDEN = HERE.parent / "golden"
 
@@ -38,31 +39,73 @@ def kept(server: Server, graph: Graph) -> Tensor:
     return (samples - mean) / std
 
 
-def ours(net: WanTransformer, seed: int, sampler: str, steps: int = 4, single: bool = False) -> Tensor:
-    """The engine's own steps with the noise that ComfyUI's nodes draw: `lcm` starts its generator anew.
+def probed(graph: Graph, sampler: str, link: str, name: str, model: list | None = None) -> Graph:
+    """The graph with every call of a sampler's model kept under a name (see `calls`).
 
-    single: the state in float32 and the arithmetic in the order of ComfyUI's samplers. Layers in 8 bits turn a
-    difference of the last digit, where it crosses a rounding boundary, into half a percent.
+    Args:
+        link: the sampler's input. model: what is linked to it; None leaves what is linked already.
     """
+    probe = node("ProbeCalls", model=model or graph[sampler]["inputs"][link], name=name)
+    return {**changed(graph, sampler, **{link: [f"probe-{name}", 0]}), f"probe-{name}": probe}
+
+
+def calls(server: Server, name: str) -> list[dict[str, Tensor]]:
+    """x, timestep, context and out of each call of a network that ComfyUI made, in order."""
+    return [load_file(path) for path in sorted((server.base / "output" / "calls").glob(f"{name}-??.safetensors"))]
+
+
+@torch.inference_mode()
+def velocity_of_ours(net: WanTransformer, call: dict[str, Tensor]) -> Tensor:
+    """What the engine's network makes of a call's input, rounded and told as the engine does it."""
+    channels = net.config.out_dim
+    latent, known = call["x"][:, :channels], call["x"][:, channels:]
+    latent, timestep, condition = rcm.round_inputs(latent, call["timestep"], known if known.shape[1] else None)
+    text = call["context"]
+    rows = int(text.ne(0).any(dim=2).any(dim=0).nonzero().max()) + 2  # the row after the prompt stands for the rest
+    return net(latent, timestep, text[:, :rows], condition, text_rows=text.shape[1])
+
+
+def step_of_ours(net: WanTransformer, call: dict[str, Tensor], times: Tensor, seed: int, i: int, ode: bool) -> Tensor:
+    """The engine's own step from times[0] to times[1], from the state that ComfyUI's sampler had come to."""
+    draws = noise.draw(call["x"].shape, i + 1, seed)
+    return rcm.sample(lambda *_: velocity_of_ours(net, call), [draws[0], draws[i]], times, ode, start=call["x"])
+
+
+def ours(net: WanTransformer, seed: int, sampler: str, steps: int = 4) -> Tensor:
+    """The engine's own steps with the noise that ComfyUI's nodes draw: `lcm` starts its generator anew."""
     text = load_file(GOLDEN / "t2v-tiny.io.safetensors")["context"].float().reshape(1, 512, -1)
     draws = noise.draw(RECORDED_SHAPE, steps, seed)
 
     def velocity(latent: Tensor, t: float, step: int) -> Tensor:
-        x, timestep = rcm.round_inputs(latent, torch.tensor(t, dtype=torch.float32) * 1000)
+        x, timestep, _ = rcm.round_inputs(latent, torch.tensor(t, dtype=torch.float32) * 1000)
         return net(x, timestep.expand(1), text)
 
-    times = rcm.timesteps(steps, 80.0)
     with torch.inference_mode():
-        if not single:
-            return rcm.sample(velocity, [draws[0], *draws], times, ode=sampler == "euler")
-        x = times[0].float() * draws[0]
-        for i, (t, t_next) in enumerate(pairwise(times.float())):
-            clean = x - velocity(x, float(t), i) * t
-            if sampler == "euler":
-                x = x + (x - clean) / t * (t_next - t)
-            else:
-                x = t_next * draws[i] + (1 - t_next) * clean if t_next > 0 else clean
-        return x
+        return rcm.sample(velocity, [draws[0], *draws], rcm.timesteps(steps, 80.0), ode=sampler == "euler")
+
+
+def shown(outputs: dict, server: Server, key: str = "save") -> np.ndarray:
+    return read_frames(server.file(outputs[key]["images"][0]))
+
+
+def shape_seen(frames: np.ndarray) -> dict[str, str]:
+    """What `turbowan evaluate` sees in a clip of one shape, uint8 [T, H, W, 3]; nothing where it sees no shape."""
+    found = analyse_shapes(torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1)
+    if not bool(found.visible):
+        return {}
+    return {
+        "colour": tuple(COLOURS)[int(found.colour)], "shape": SHAPES[int(found.shape)],
+        "motion": MOTIONS[int(found.motion)], "background": tuple(COLOURS)[int(found.background)],
+    }  # fmt: skip
+
+
+def refusal(server: Server, graph: Graph) -> str:
+    """What the server says to a graph; nothing where it ran."""
+    try:
+        server.run(graph)
+    except (Failed, Refused) as error:
+        return str(error)
+    return ""
 
 
 def read_frames(path: Path) -> np.ndarray:
@@ -75,14 +118,12 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def in_floats(file: str, changes: dict[str, Tensor]) -> WanTransformer:
-    """The recorded transformer with linear layers in float32, the changes added."""
-    net = load_transformer(golden_file(file), attention="original")
+def in_floats(path: Path, changes: dict[str, Tensor]) -> WanTransformer:
+    """A transformer with linear layers in float32, the changes added, and dense attention."""
+    net = load_transformer(path, attention="original")
+    round_linears(net, "bf16")
     for name, change in changes.items():
-        layer = net.get_submodule(name)
-        whole = torch.nn.Linear(change.shape[1], change.shape[0])
-        whole.weight.data, whole.bias.data = full_weight(layer).float() + change, layer.bias.data
-        net.set_submodule(name, whole)
+        net.get_submodule(name).weight.data += change
     return net
 
 
@@ -107,9 +148,10 @@ def random_lora(net: WanTransformer, seed: int) -> tuple[dict[str, Tensor], dict
     return adapter, changes
 
 
-def plain_wan(dim: int, layers: int, text_dim: int) -> dict[str, Tensor]:
-    """A small random Wan 2.1 text-to-video file in Wan's own layout, whose patch embedding is a convolution."""
-    config = TransformerConfig(dim=dim, ffn_dim=2 * dim, num_layers=layers, text_dim=text_dim)
+def plain_wan(dim: int, layers: int, text_dim: int, **sizes: int) -> dict[str, Tensor]:
+    """A small random Wan 2.1 file in Wan's own layout, whose patch embedding is a convolution. sizes: of
+    `TransformerConfig`, for others than text-to-video."""
+    config = TransformerConfig(dim=dim, ffn_dim=2 * dim, num_layers=layers, text_dim=text_dim, **sizes)
     state = {key: value.detach().clone() for key, value in WanTransformer(config).state_dict().items()}
     state["head.head.weight"] += torch.randn_like(state["head.head.weight"]) * 0.1
     return state | {"patch_embedding.weight": state["patch_embedding.weight"].unflatten(1, (-1, *PATCH)).clone()}

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -30,6 +31,12 @@ class Failed(Exception):
 
 class Interrupted(Exception):
     """The run was interrupted."""
+
+
+def python_of(comfy: Path) -> Path:
+    """The interpreter beside ComfyUI's folder, else this one."""
+    beside = comfy.resolve().parent / "venv" / "bin" / "python"
+    return beside if beside.exists() else Path(sys.executable)
 
 
 class Server:
@@ -109,6 +116,20 @@ class Server:
             raise Refused(json.dumps(answer["node_errors"]))
         return str(answer["prompt_id"])
 
+    def take_back(self, prompt_id: str, timeout: float = 120) -> None:
+        """Out of the queue again, or interrupted where it has begun; back when it is gone."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            queue = self.get("/queue")
+            if prompt_id in [each[1] for each in queue["queue_running"]]:
+                self.post("/interrupt", {"prompt_id": prompt_id})
+            elif prompt_id in [each[1] for each in queue["queue_pending"]]:
+                self.post("/queue", {"delete": [prompt_id]})
+            else:
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"{prompt_id} still runs after {timeout:g} s")
+
     def wait(self, prompt_id: str, timeout: float = 600) -> dict[str, Any]:
         """The outputs of a prompt, by node."""
         end = time.monotonic() + timeout
@@ -131,6 +152,12 @@ class Server:
     def run(self, graph: dict, timeout: float = 600) -> dict[str, Any]:
         return self.wait(self.submit(graph), timeout)
 
+    def timed(self, graph: dict, timeout: float = 600) -> tuple[float, dict[str, Any]]:
+        """Seconds from handing in to the end, and the outputs."""
+        started = time.monotonic()
+        outputs = self.run(graph, timeout)
+        return time.monotonic() - started, outputs
+
     def file(self, entry: dict[str, str]) -> Path:
         """Where an output that a node shows lies; it must be inside the output folder, as `/view` would find it."""
         path = self.base / entry["type"] / entry["subfolder"] / entry["filename"]
@@ -140,5 +167,12 @@ class Server:
 
     def memory(self) -> int:
         """Bytes resident."""
+        return self._status("VmRSS")
+
+    def peak_memory(self) -> int:
+        """The most bytes that were ever resident."""
+        return self._status("VmHWM")
+
+    def _status(self, key: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(key)))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from turbowan.comfy import checks, folders
+from turbowan.comfy import checks, folders, foreign
 from turbowan.errors import CheckpointError, RequestError
 
 
@@ -77,3 +77,24 @@ def test_a_missing_file_is_refused_by_name_and_in_words_to_the_page() -> None:
     assert "none.pth" in str(folders.check("none.pth", (folders.TRANSFORMERS,), "model_name"))
     assert folders.check(None, (folders.TRANSFORMERS,), "model_name") is True
     assert folders.check("tiny", (folders.TRANSFORMERS,), "model_name") is True
+
+
+def test_embedded_transformers_know_the_share_they_were_trained_for() -> None:
+    shares = {name: folders.embedded_topk(name) for name in ("tiny", "tiny-i2v-high", "tiny-i2v-low", "Wan2.1.pth")}
+    assert shares.pop("Wan2.1.pth") is None
+    assert all(share is not None and 0.1 < share <= 1 for share in shares.values()), shares
+
+
+def test_conditions_in_either_form_become_comfyuis() -> None:
+    text, values = torch.randn(1, 5, 8), {"pooled_output": None}
+    assert foreign.core_form([[text, values]], "positive") == [[text, values]]
+    assert foreign.core_form([[{"crossattn_emb": text}, {}]], "positive") == [[text, {}]]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [([[torch.randn(5, 8), {}]], r"positive.*\[5, 8\]"), ([[{}, {}]], "positive.*NoneType"), ([], "positive.*nothing")],
+)
+def test_conditions_that_hold_no_text_are_refused(given: list, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        foreign.core_form(given, "positive")

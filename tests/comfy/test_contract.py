@@ -68,6 +68,11 @@ def test_no_key_is_missing_from_the_table() -> None:
     assert set(NODE_CLASS_MAPPINGS) == set(CONTRACT) == set(NODE_DISPLAY_NAME_MAPPINGS)
 
 
+def test_every_node_stands_in_the_documentation() -> None:
+    told = (REPOSITORY / "docs" / "comfyui.md").read_text()
+    assert [key for key in NODE_CLASS_MAPPINGS if f"`{key}`" not in told] == []
+
+
 def test_importing_the_nodes_loads_neither_torch_nor_comfyui_and_changes_no_path() -> None:
     code = (
         "import sys; before = list(sys.path); import turbowan.comfy as nodes;"

@@ -26,7 +26,7 @@ GEOMETRIES = [(128, 64), (64, 128), (64, 64)]
 
 
 def configs(block_q, block_k):
-    """The table's choice (None), loads without descriptors, and the kernel for Hopper; all of them are the sweep's."""
+    """The table's choice (None), loads without descriptors, and on Hopper Triton's own loop beside ours by hand."""
     if ON_GPU:
         pipelined = [sparse_attention.Config(64, 3, descriptors=True)] if ON_HOPPER else []
         return [None, sparse_attention.Config(128, 2), sparse_attention.Config(64, 2), *pipelined]

@@ -160,8 +160,9 @@ def test_a_run_in_two_parts_is_the_run(ode, fresh_seed):
 
 
 def test_inputs_are_rounded_to_bf16_and_stay_float32(fresh_seed):
-    latent, timestep = torch.randn(50, dtype=torch.float64), torch.rand(50) * 1000
-    for given, rounded in zip((latent, timestep), rcm.round_inputs(latent, timestep), strict=True):
+    inputs = torch.randn(50, dtype=torch.float64), torch.rand(50) * 1000, torch.randn(20)
+    for given, rounded in zip(inputs, rcm.round_inputs(*inputs), strict=True):
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, given.float().bfloat16().float())
         assert not torch.equal(rounded, given.float())
+    assert rcm.round_inputs(*inputs[:2])[2] is None

@@ -13,17 +13,21 @@ from ..errors import RequestError
 def read_records(paths: Iterable[Path]) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Records with a median, by bench, case and GPU; of several runs of one case the fastest.
 
+    Args:
+        paths: files of JSON lines, or folders of `.jsonl` files. Lines that are no such records are passed over.
+
     Raises:
         RequestError: a file cannot be read, or a line is no record.
     """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for path in paths:
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    for file in files:
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, ValueError) as error:
-            raise RequestError(f"{path} is no file of JSON lines ({error})") from error
+            raise RequestError(f"{file} is no file of JSON lines ({error})") from error
         for record in lines:
-            if isinstance(record, dict) and isinstance(record.get("ms"), dict):
+            if isinstance(record, dict) and {"bench", "case", "gpu", "ms"} <= record.keys():
                 key = (record["bench"], record["case"], record["gpu"])
                 if key not in found or record["ms"]["p50"] < found[key]["ms"]["p50"]:
                     found[key] = record

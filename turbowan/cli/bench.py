@@ -104,7 +104,7 @@ def vae(
 @app.command()
 def compare(
     new: Annotated[list[Path], typer.Argument(help="Files of JSON lines just measured.")],
-    against: Annotated[list[Path], typer.Option(help="Recorded ones, as in benchmarks/results/<gpu>.")],
+    against: Annotated[list[Path], typer.Option(help="Recorded ones: files or folders, as benchmarks/results/<gpu>.")],
     tolerance: Annotated[float, typer.Option(help="How much slower a case may be: 0.05 is 5 %.")] = 0.05,
 ) -> None:
     """Medians against recorded ones; exit code 1 if any case is slower by more than the tolerance."""

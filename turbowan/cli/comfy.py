@@ -14,9 +14,9 @@ FOLDER = "turbowan"
 MARK = "Written by `turbowan comfy install`"
 CONTENT = f'''"""{MARK}: the nodes of the turbowan package that this Python has installed."""
 
-from turbowan.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from turbowan.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 '''
 
 

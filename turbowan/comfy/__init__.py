@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .aliases import aliases
+from pathlib import Path
+
 from .condition import TurboWanI2VPrepare, TurboWanSampler
 from .image_to_video import TurboDiffusionI2V
+from .keys import free
 from .load_model import TurboWanModelLoader, TurboWanModelLoaderV2, TurboWanVideoLoader
 from .load_text_encoder import TurboWanTextEncoderLoader
 from .load_vae import TurboWanVAELoader
@@ -27,8 +29,10 @@ _NODES = {
     "TurboWanVideoSampler": (TurboWanVideoSampler, "TurboWan Video Sampler"),
     "TurboWanSigmas": (TurboWanSigmas, "TurboWan Sigmas"),
     "TurboDiffusionSaveVideo": (TurboDiffusionSaveVideo, "Save Video (TurboDiffusion)"),
-    **aliases({"WanVideoLoader": (TurboWanVideoLoader, "TurboWan Video Loader")}, always=True),
-    **aliases({"WanVideoSampler": (TurboWanVideoSampler, "TurboWan Video Sampler")}),
+    "WanVideoLoader": (TurboWanVideoLoader, "TurboWan Video Loader"),
+    "WanVideoSampler": (TurboWanVideoSampler, "TurboWan Video Sampler"),
 }
-NODE_CLASS_MAPPINGS = {key: node for key, (node, _) in _NODES.items()}
-NODE_DISPLAY_NAME_MAPPINGS = {key: name for key, (_, name) in _NODES.items()}
+_FREE = free(_NODES, aliases=("WanVideoLoader", "WanVideoSampler"))
+NODE_CLASS_MAPPINGS = {key: node for key, (node, _) in _FREE.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {key: name for key, (_, name) in _FREE.items()}
+WEB_DIRECTORY = str(Path(__file__).parent / "web")  # scripts for the page

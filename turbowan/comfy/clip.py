@@ -45,7 +45,8 @@ class Encoder(nn.Module):
 
     def __init__(self, encoder: TextEncoder, dtype: torch.dtype) -> None:
         super().__init__()
-        self.umt5xxl = encoder
+        self._encoder = (encoder,)  # kept out of the names, which are those that LoRA files for ComfyUI have
+        self.umt5xxl = nn.ModuleDict({"transformer": encoder.model})
         self.dtypes = {dtype}
         stack = encoder.model.encoder
         adopt(encoder, list(stack.block), comfy.model_management.throw_exception_if_processing_interrupted)
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
         ids = torch.tensor([[pair[0] for pair in row] for row in tokens[KEY]], device=self.device)
-        text = self.umt5xxl(ids, torch.ones_like(ids))
+        text = self._encoder[0](ids, torch.ones_like(ids))
         padded = torch.nn.functional.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
         return padded.float().to(comfy.model_management.intermediate_device()), None
 

@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..checkpoints.manifest import Manifest
 
 TRANSFORMERS, VAES, TEXT_ENCODERS = "diffusion_models", "vae", "text_encoders"
 # the embedded models' files by the folder they would lie in: choice -> (model, role)
@@ -96,8 +100,18 @@ def _plain(name: str) -> str:
     return PureWindowsPath(name).as_posix()
 
 
+def embedded_topk(name: str) -> float | None:
+    """The `sla_topk` that an embedded transformer was trained for; None where the choice is a file."""
+    chosen = EMBEDDED[TRANSFORMERS].get(name)
+    return None if chosen is None else _manifest(chosen[0]).sla_topk
+
+
 def _embedded(model: str, role: str) -> Path:
+    return _manifest(model).files[role]
+
+
+def _manifest(model: str) -> Manifest:
     from ..checkpoints.find import EMBEDDED as FOLDER
     from ..checkpoints.manifest import read_manifest
 
-    return read_manifest(FOLDER / model).files[role]
+    return read_manifest(FOLDER / model)

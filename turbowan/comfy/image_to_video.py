@@ -8,7 +8,7 @@ from . import folders, load_model, load_vae
 from .checks import check_prompt
 from .condition import LENGTH_TIP, NEGATIVE, NEGATIVE_TIP, POSITIVE, prepare
 from .inputs import combo, link, number, seed, switch, text, whole
-from .load_model import ATTENTION_TIP, OFFLOAD_MODES, OFFLOAD_TIP, TOPK_TIP
+from .load_model import ATTENTION_TIP, OFFLOAD_MODES, OFFLOAD_TIP, TOPK, TOPK_TIP
 from .sample import BOUNDARY_TIP, HIGH_TIP, LOW_TIP, ODE_TIP, SIGMA_TIP, STEPS, STEPS_TIP, check_experts, decode, sample
 
 
@@ -40,7 +40,7 @@ class TurboDiffusionI2V:
             },
             "optional": {
                 "attention_type": combo(("sagesla", "sla", "original"), ATTENTION_TIP, "sagesla"),
-                "sla_topk": number(0.1, 0.01, 1.0, 0.01, TOPK_TIP),
+                "sla_topk": number(TOPK, 0.01, 1.0, 0.01, TOPK_TIP),
                 "width": whole(1280, 64, 2048, "Pixels, a multiple of 16.", 16),
                 "height": whole(720, 64, 2048, "Pixels, a multiple of 16.", 16),
                 "sigma_max": number(200.0, 1.0, 1000.0, 0.1, SIGMA_TIP),
@@ -75,7 +75,7 @@ class TurboDiffusionI2V:
         seed: int,
         use_ode: bool,
         attention_type: str = "sagesla",
-        sla_topk: float = 0.1,
+        sla_topk: float = TOPK,
         width: int = 1280,
         height: int = 720,
         sigma_max: float = 200.0,

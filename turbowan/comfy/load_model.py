@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from . import folders
 from .environment import default_attention
 from .inputs import combo, number
 
+log = logging.getLogger(__name__)
+
 OFFLOAD_MODES = ("comfy_native", "layerwise_gpu", "cpu_only")
 ATTENTION_TIP = (
     "How self-attention runs. 'sla' and 'sagesla' (8-bit) look at the most important blocks only and need a file"
     " trained for it; 'original' looks at everything and suits any file."
 )
-TOPK_TIP = "Share of key blocks that sparse attention looks at, 0..1. TurboDiffusion's files: 0.1; the tiny ones: 0.8."
+TOPK = 0.1  # of all published files
+TOPK_TIP = (
+    "Share of key blocks that sparse attention looks at, 0..1. 0.1 for TurboDiffusion's files; the tiny models, trained"
+    " for 0.8 and 0.7, take that instead of 0.1."
+)
 OFFLOAD_TIP = (
     "Where weights live. comfy_native: ComfyUI's memory manager decides (recommended). layerwise_gpu: they stay in"
     " host memory and each block borrows them for its turn. cpu_only: everything runs on the CPU."
@@ -36,7 +43,7 @@ class TurboWanModelLoader:
             "required": {"model_name": combo(folders.choices(folders.TRANSFORMERS), MODEL_TIP)},
             "optional": {
                 "attention_type": combo(("original", "sla", "sagesla"), ATTENTION_TIP, "sla"),
-                "sla_topk": number(0.1, 0.01, 1.0, 0.01, TOPK_TIP),
+                "sla_topk": number(TOPK, 0.01, 1.0, 0.01, TOPK_TIP),
                 "offload_mode": combo(OFFLOAD_MODES, OFFLOAD_TIP, "comfy_native"),
             },
         }
@@ -46,7 +53,7 @@ class TurboWanModelLoader:
         return folders.check(model_name, (folders.TRANSFORMERS,), "model_name")
 
     def load_model(
-        self, model_name: str, attention_type: str = "sla", sla_topk: float = 0.1, offload_mode: str = "comfy_native"
+        self, model_name: str, attention_type: str = "sla", sla_topk: float = TOPK, offload_mode: str = "comfy_native"
     ) -> tuple:
         return (load(model_name, "model_name", attention_type, sla_topk, offload_mode),)
 
@@ -64,7 +71,7 @@ class TurboWanModelLoaderV2(TurboWanModelLoader):
         self,
         model_name: str,
         attention_type: str = "sagesla",
-        sla_topk: float = 0.1,
+        sla_topk: float = TOPK,
         offload_mode: str = "comfy_native",
     ) -> tuple:
         return super().load_model(model_name, attention_type, sla_topk, offload_mode)
@@ -90,7 +97,7 @@ class TurboWanVideoLoader:
             "optional": {
                 "low_noise_model_name": combo((NONE, *models), "The low-noise expert of Wan 2.2's pair.", NONE),
                 "attention_type": combo(("sagesla", "sla", "original"), ATTENTION_TIP, default_attention()),
-                "sla_topk": number(0.1, 0.01, 1.0, 0.01, TOPK_TIP),
+                "sla_topk": number(TOPK, 0.01, 1.0, 0.01, TOPK_TIP),
                 "offload_mode": combo(OFFLOAD_MODES, OFFLOAD_TIP, "comfy_native"),
             },
         }
@@ -107,7 +114,7 @@ class TurboWanVideoLoader:
         model_name: str,
         low_noise_model_name: str = NONE,
         attention_type: str | None = None,
-        sla_topk: float = 0.1,
+        sla_topk: float = TOPK,
         offload_mode: str = "comfy_native",
     ) -> tuple:
         how = (attention_type or default_attention(), sla_topk, offload_mode)
@@ -126,5 +133,9 @@ def load(name: str, label: str, attention: str, sla_topk: float, offload_mode: s
     path = folders.find(name, (folders.TRANSFORMERS,), label)
     from .model import load_model
 
+    trained = folders.embedded_topk(name)
+    if trained is not None and sla_topk == TOPK != trained:
+        log.info("turbowan: %s takes sla_topk %g, which it was trained for, instead of %g", name, trained, TOPK)
+        sla_topk = trained
     with folders.naming(label):
         return load_model(path, attention, sla_topk, offload_mode)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ATTENTION_OPTION = "turbowan_attention"  # in a patcher's transformer_options
 PAIR = "turbowan_low_noise_model"  # a patcher's attachment: the other expert
+_round_inputs = torch.compiler.disable(rcm.round_inputs)  # compilers leave out casts that cancel: the rounding itself
 _REFUSED = ("time_dim_concat", "reference_latent", "vace_context", "camera_conditions", "audio_embed", "pose_latents")
 
 
@@ -85,15 +86,25 @@ class Network(WanTransformer):
         channels = self.config.out_dim
         latent, condition = x[:, :channels], x[:, channels:] if x.shape[1] > channels else None
         if self.rounds:
-            latent, timestep = rcm.round_inputs(latent, timestep)
+            latent, timestep, condition = _round_inputs(latent, timestep, condition)
         self.attention = options.get(ATTENTION_OPTION, self.attention)
-        self._options = options
         text, rows = _without_tail(context)
         if self.config.image_dim is None:
             clip_fea = None
-        velocity = super().forward(latent, timestep, text, condition, clip_fea, rows)
+        self._options = options
+        try:
+            velocity = super().forward(latent, timestep, text, condition, clip_fea, rows)
+        finally:
+            self._options = {}  # it may hold whatever other nodes put there
         return velocity[..., :height, :width]
 
+    def _embed_context(self, text: Tensor, image_tokens: Tensor | None, text_rows: int | None) -> Context:
+        """As in ComfyUI, a model made for CLIP tokens runs without them, its image attention reading the text."""
+        if image_tokens is not None or self.config.image_dim is None:
+            return super()._embed_context(text, image_tokens, text_rows)
+        embedded = self.text_embedding(text.to(self.dtype))
+        repeats = max(0, (text_rows or 0) - text.shape[1])
+        return Context(embedded, torch.cat([embedded, embedded[:, -1:].expand(-1, repeats, -1)], dim=1), 1 + repeats)
 
     def _run_blocks(
         self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], context: Context

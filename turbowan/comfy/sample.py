@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import RequestError
 from ..specs import ASPECT_RATIOS
+from . import foreign
 from .checks import IMAGE_CHANNELS, SIZES, check_model, check_pair, check_size, choose_size, frame_count
 from .environment import default_steps
 from .inputs import combo, link, number, seed, switch, whole
@@ -79,6 +81,7 @@ class TurboDiffusionI2VSampler:
         num_frames = frame_count(num_frames, "num_frames")
         width, height = choose_size(resolution, aspect_ratio, width, height)
         models = {"high_noise_model": high_noise_model, "low_noise_model": low_noise_model}
+        conditioning = foreign.core_form(conditioning, "conditioning")
         check_experts(models, conditioning, IMAGE_CHANNELS)
         picture = first_frame.only_first(image)
         values = first_frame.condition(vae, picture, width, height, num_frames, ("lanczos", "center"))
@@ -125,6 +128,7 @@ class TurboWanDualExpertSampler:
         sigma_max: float,
     ) -> tuple:
         models = {"high_noise_model": high_noise_model, "low_noise_model": low_noise_model}
+        conditioning = foreign.core_form(conditioning, "conditioning")
         check_experts(models, conditioning, None)
         shape = shape_of(latent)
         samples = sample(models, conditioning, shape, num_steps, boundary, sigma_max, seed, use_ode)
@@ -185,12 +189,12 @@ class TurboWanVideoSampler:
         seed: int = 0,
         use_ode: bool = False,
     ) -> tuple:
-        from ..errors import RequestError
         from . import first_frame
         from .model import PAIR
 
-        low_noise_model = low_noise_model or model.get_attachment(PAIR)
+        positive = foreign.core_form(positive, "positive")
         check_model(model, "model", positive, None, "positive")
+        low_noise_model = low_noise_model or model.get_attachment(PAIR)
         models = {"model": model}
         if low_noise_model is not None:
             models["low_noise_model"] = low_noise_model
@@ -230,8 +234,6 @@ def shape_of(latent: Any) -> tuple[int, ...]:
     Raises:
         RequestError: they are no video latent of Wan's.
     """
-    from ..errors import RequestError
-
     samples = latent["samples"]
     if samples.ndim != 5 or samples.shape[1] != 16:
         raise RequestError(f"latent: a Wan video latent is [B, 16, T, h, w], got {list(samples.shape)}")
@@ -254,10 +256,9 @@ def sample(
     Raises:
         RequestError: an image-to-video model is told of no picture.
     """
-    from ..errors import RequestError
     from ..sampling import rcm
     from ..sampling.experts import switch_step
-    from .steps import Expert, denoise, text_rows
+    from .steps import Expert, denoise
 
     first = next(iter(models.values())).model.diffusion_model
     if first.patch_embedding.weight.shape[1] == IMAGE_CHANNELS and "concat_latent_image" not in conditioning[0][1]:
@@ -268,8 +269,8 @@ def sample(
     times = rcm.timesteps(num_steps, sigma_max)
     high = int(num_steps * boundary) if boundary_mode == "step_fraction" else switch_step(times.tolist(), boundary)
     counts = (num_steps,) if len(models) == 1 else (high, num_steps - high)
-    experts = [Expert(model, count, label) for (label, model), count in zip(models.items(), counts, strict=True)]
-    return denoise(experts, text_rows(conditioning, "conditioning"), shape, times, seed, ode)
+    experts = [Expert(model, count) for model, count in zip(models.values(), counts, strict=True)]
+    return denoise(experts, conditioning, shape, times, seed, ode)
 
 
 def decode(vae: Any, samples: Any) -> Any:

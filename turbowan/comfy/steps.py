@@ -13,6 +13,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.tokenizer import TEXT_LENGTH
@@ -23,11 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Expert:
-    """A MODEL and how many steps it takes. label: the node's input that it came from."""
+    """A MODEL and how many steps it takes."""
 
     model: Any
     steps: int
-    label: str
 
 
 class RcmSteps(comfy.samplers.Sampler):
@@ -73,12 +73,13 @@ def denoise(experts: Sequence[Expert], text: Any, shape: Sequence[int], times: T
     """All steps, one expert after the other, each loaded right before its own.
 
     Args:
-        experts: those without steps are never loaded. text: CONDITIONING. shape: of the latent.
+        experts: those without steps are never loaded. text: CONDITIONING, of any number of rows. shape: of the latent.
         times: float64 [N + 1], falling to 0.
 
     Returns:
         LATENT's samples: float32 [B, 16, T, h, w], un-normalised.
     """
+    text = text_rows(text)
     working = [expert for expert in experts if expert.steps]
     ends = list(accumulate(expert.steps for expert in working))
     noises = noise.draw(shape, 1 if ode else len(times) - 1, seed, noise_device())
@@ -117,23 +118,6 @@ def noise_device() -> str:
     return "cpu"
 
 
-def text_rows(conditioning: Any, label: str) -> list:
-    """CONDITIONING with its texts cut or padded with zeros to the 512 rows that Wan was trained with.
-
-    Understands the dictionary that an older node put in the place of the tensor, too.
-
-    Raises:
-        RequestError: it is neither.
-    """
-    from ..errors import RequestError
-
-    made = []
-    for entry in conditioning:
-        text, extras = entry[0], dict(entry[1])
-        if isinstance(text, dict):
-            text = text.get("crossattn_emb", text.get("pooled_output"))
-        if not isinstance(text, Tensor) or text.ndim != 3:
-            raise RequestError(f"{label}: a text condition is a tensor [1, rows, width], got {type(text).__name__}")
-        padding = max(0, TEXT_LENGTH - text.shape[1])
-        made.append([torch.nn.functional.pad(text[:, :TEXT_LENGTH], (0, 0, 0, padding)), extras])
-    return made
+def text_rows(conditioning: Any) -> list:
+    """CONDITIONING with its texts cut or padded with zeros to the 512 rows that Wan was trained with."""
+    return [[F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])), values] for text, values in conditioning]

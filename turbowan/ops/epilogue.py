@@ -17,8 +17,12 @@ def check_activation(activation: str) -> None:
 
 def finish(product: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:
     """float32 [M, N] -> [M, N] in `dtype`: rounded once, after the bias; the activation works on what was rounded."""
-    out = (product if bias is None else product + bias.float()).to(dtype)
-    return F.gelu(out, approximate="tanh") if activation == "gelu_tanh" else out
+    return activate((product if bias is None else product + bias.float()).to(dtype), activation)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ACTIVATIONS, of numbers of any shape, in their dtype."""
+    return F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else x
 
 
 def product_fake(

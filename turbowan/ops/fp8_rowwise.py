@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .epilogue import check_activation, finish, product_fake, product_flops
+from .epilogue import activate, check_activation, finish, product_fake, product_flops
 from .int8_blockwise import FLOATS
 from .int8_rowwise import exact_ratio
 from .registry import Constraints, Implementation, Operation
@@ -70,7 +70,7 @@ def _scaled_mm(
         out_dtype=dtype,
         use_fast_accum=fast,
     )[:, :n].contiguous()
-    return F.gelu(out, approximate="tanh") if activation == "gelu_tanh" else out
+    return activate(out, activation)
 
 
 _quantize_operation = Operation("quantize_fp8_rowwise", _quantize, _quantize_fake, gradient=False)

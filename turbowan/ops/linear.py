@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .epilogue import check_activation
+from .epilogue import activate, check_activation
 from .registry import Constraints, Implementation, Operation
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    out = F.linear(x, weight, bias)
-    return F.gelu(out, approximate="tanh") if activation == "gelu_tanh" else out
+    return activate(F.linear(x, weight, bias), activation)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -42,10 +42,17 @@ def timesteps(num_steps: int, sigma_max: float) -> Tensor:
     return angles.sin() / (angles.cos() + angles.sin())
 
 
-def round_inputs(latent: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent and timestep (0..1000, a float32 product) as the network gets them: float32 with the values of bf16, as in
-    the official code, whatever the network computes in."""
-    return latent.float().to(torch.bfloat16).float(), timestep.to(torch.bfloat16).float()
+def round_inputs(
+    latent: Tensor, timestep: Tensor, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latent, timestep (0..1000, a float32 product) and image condition as the network gets them: float32 with the
+    values of bf16, as in the official code, whatever the network computes in."""
+    known = None if condition is None else _bf16_values(condition)
+    return _bf16_values(latent.float()), _bf16_values(timestep), known
+
+
+def _bf16_values(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
 
 
 def sample(

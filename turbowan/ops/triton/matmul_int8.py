@@ -280,7 +280,7 @@ def _product(
 def _choose(kind: str, codes: Tensor, weight: Tensor, out: Tensor) -> Config | HopperConfig:
     capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else (9, 0)
     known = CONFIGS[kind].get(capability, CONFIGS[kind][8, 0])
-    hopper = codes.is_cuda and HAS_GLUON and out.itemsize == 2 and all(describable(x) for x in (codes, weight, out))
+    hopper = codes.is_cuda and HAS_GLUON and out.itemsize == 2 and all(_describable(x) for x in (codes, weight, out))
     return next(config for config in known if hopper or isinstance(config, Config))
 
 
@@ -296,8 +296,8 @@ def _launch(
     config: Config,
 ) -> None:
     (m, k), n = codes.shape, weight.shape[0]
-    describe = config.descriptors and describable(codes) and describable(weight)
-    describe_out = describe and config.store == "descriptor" and describable(out)
+    describe = config.descriptors and _describable(codes) and _describable(weight)
+    describe_out = describe and config.store == "descriptor" and _describable(out)
     left, right, to = codes, weight, out
     if describe:
         left = TensorDescriptor.from_tensor(codes, [config.block_m, config.block_k])
@@ -314,7 +314,7 @@ def _launch(
     )  # fmt: skip
 
 
-def describable(x: Tensor) -> bool:
+def _describable(x: Tensor) -> bool:
     """Whether the copy engine can read and write this contiguous matrix: rows and start on multiples of 16 bytes."""
     return TensorDescriptor is not None and x.shape[1] * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
