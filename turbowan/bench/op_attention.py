@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -54,18 +56,19 @@ class Inputs:
             zip(names, (self.length, self.heads, HEAD_SIZE, *blocks, TOP_K), strict=True)
         )
 
-    def whole(self, precision: str, given: bool = True) -> Tensor:
-        """given: the means of blocks come with q and k."""
+    def whole(self, precision: str, given: bool = True, by: str | None = None) -> Tensor:
+        """given: the means of blocks come with q and k. by: an implementation, by default the registry's choice."""
         rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means if given else None)
-        return ops.sparse_linear_attention(self.q, self.k, self.v, *rest)
+        with ops.force(sparse_linear_attention=by) if by else nullcontext():
+            return ops.sparse_linear_attention(self.q, self.k, self.v, *rest)
 
-    def error(self, precision: str) -> float:
+    def error(self, precision: str, by: str | None = None) -> float:
         """Of the whole operation against the eager twin with the same means; in float32, but for SageSLA's rounding."""
         q, k, v = (x if precision == "int8" else x.float() for x in (self.q, self.k, self.v))
         rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means)
         with ops.force(sparse_linear_attention="eager"):
             expected = ops.sparse_linear_attention(q, k, v, *rest)
-        return _distance(self.whole(precision), expected)
+        return _distance(self.whole(precision, by=by), expected)
 
 
 def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
@@ -82,6 +85,9 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
         run, error = partial(at.whole, precision), partial(at.error, precision)
         yield Case(f"sparse-linear {precision}", run, at.shape, flops, 4 * at.bytes, precision, error)
     yield Case("sparse-linear bf16, without means", partial(at.whole, "bf16", False), at.shape, flops, 4 * at.bytes)
+    if find_spec("cudnn"):  # the extra
+        run, error = partial(at.whole, "bf16", by="cudnn"), partial(at.error, "bf16", by="cudnn")
+        yield Case("sparse-linear bf16 by cuDNN", run, at.shape, flops, 4 * at.bytes, error=error)
 
     select = partial(_select, at)
     yield Case("part: selection", select, at.shape, 0, sum(4 * x.numel() for x in (*at.means, at.lists)))
