@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,16 +30,25 @@ def run_operation(what: str, shape: str, repeats: int = 20) -> Iterator[dict[str
     Raises:
         RequestError: unknown name, or no GPU.
     """
+    cases: Callable[[str], Iterator[Case]] = operation_module(what, shape).cases
+    with torch.inference_mode():
+        for case in cases(shape):
+            yield {"bench": f"op {what}", "case": f"{shape} {case.name}", **time_case(case, repeats)}
+
+
+def operation_module(what: str, shape: str) -> ModuleType:
+    """`bench/op_<what>.py`, the random numbers seeded for it.
+
+    Raises:
+        RequestError: unknown name, or no GPU.
+    """
     if what not in OPERATIONS or shape not in SHAPES:
         names = f"{', '.join(OPERATIONS)} on {', '.join(SHAPES)}"
         raise RequestError(f"bench op knows {names}; got '{what}' on '{shape}'")
     if not torch.cuda.is_available():
         raise RequestError("bench op needs a CUDA device; there is none here")
     torch.manual_seed(0)
-    cases: Callable[[str], Iterator[Case]] = import_module(f".op_{what}", __package__).cases
-    with torch.inference_mode():
-        for case in cases(shape):
-            yield {"bench": f"op {what}", "case": f"{shape} {case.name}", **time_case(case, repeats)}
+    return import_module(f".op_{what}", __package__)
 
 
 def time_case(case: Case, repeats: int) -> dict[str, Any]:
