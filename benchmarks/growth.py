@@ -1,7 +1,7 @@
 """How a step grows with tokens and with top-k: measured times and, thin beside them, the bound of the products alone.
 
-    turbowan bench transformer --size 1.3B --vary tokens --vary top-k > growth.jsonl
-    turbowan bench transformer --size 14B --vary tokens --vary top-k >> growth.jsonl
+    turbowan bench transformer --size 1.3B --vary tokens --vary top-k --json > growth.jsonl
+    turbowan bench transformer --size 14B --vary tokens --vary top-k --json >> growth.jsonl
     python benchmarks/growth.py growth.jsonl                  # writes growth.png beside it
 """
 

@@ -88,5 +88,12 @@ def test_command_line_fails_on_a_regression(tmp_path):
     old, new = write(tmp_path / "old.jsonl", ("a", 1.0)), write(tmp_path / "new.jsonl", ("a", 1.5))
     run = lambda *more: CliRunner().invoke(app, ["bench", "compare", str(new), "--against", str(old), *more])  # noqa: E731
     assert run().exit_code == 1
-    assert json.loads(run().stdout)["ratio"] == 1.5
+    assert json.loads(run("--json").stdout)["ratio"] == 1.5
+    title, header, row = run().stdout.splitlines()
+    assert title == "1 recorded cases: 1 slower by more than 5% or failed, 0 missing"
+    assert header.split()[:3] == ["bench", "case", "before"]
+    assert row.split() == ["op", "norm", "a", "1.0", "1.5", "1.5", "slower"]
     assert run("--tolerance", "0.6").exit_code == 0
+    write(new, ("a", "no kernel"))
+    assert run("--tolerance", "0.6").exit_code == 1
+    assert "no kernel" in run().stdout
