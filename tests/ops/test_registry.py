@@ -2,8 +2,10 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +114,53 @@ def test_a_forced_implementation_is_not_swapped_for_one_with_a_gradient(rms_norm
         ops.rms_norm(x, weight)
     with ops.force(rms_norm="doubled"), torch.no_grad():
         ops.rms_norm(x, weight)
+
+
+@pytest.mark.parametrize(("here", "entered"), [(0, [torch.device("cuda", 1)]), (1, [])])
+def test_kernels_run_where_their_arguments_lie(rms_norm, monkeypatch, here, entered):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    guards = []
+
+    @contextmanager
+    def guard(device):
+        guards.append(device)
+        yield
+        guards.append("left")
+
+    there = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda", 1), dtype=torch.bfloat16, shape=(1, 64), get_device=lambda: 1
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    rms_norm.add(Implementation("gpu", lambda x: list(guards), Constraints(devices=("cuda",)), priority=1))
+    assert rms_norm._run(there) == entered
+    assert guards == [*entered, "left"][: 2 * len(entered)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_of_the_second_gpu():
+    """Asked of the first one's thread: the right results, in the second one's stream."""
+    heads = torch.randn(3, 1, 300, 2, 128, dtype=torch.bfloat16)
+    weight, rest = torch.randn(128, 128) / 11, (torch.randn(128), 0.5)
+    x, scale = torch.randn(2, 70, 256, dtype=torch.bfloat16), torch.randn(256)
+    codes = ops.quantize_int8_rowwise(torch.randn(64, 256))
+    calls = [
+        lambda to: ops.rms_norm(to(x), to(scale)),
+        lambda to: ops.residual_norm(to(x), to(x), format="int8_block")[1].float(),
+        lambda to: ops.gelu_rows(to(x), "fp8_row")[0].float(),
+        lambda to: ops.linear_int8_rowwise(to(x[0]), *map(to, codes)),
+        lambda to: ops.attention(*map(to, heads)),
+        lambda to: ops.sparse_linear_attention(*map(to, heads), to(weight), to(rest[0]), rest[1]),
+        lambda to: ops.sparse_linear_attention(*map(to, heads), to(weight), to(rest[0]), rest[1], precision="int8"),
+    ]
+    with torch.cuda.device(0):
+        for call in calls:
+            first, second = (call(lambda given, i=i: given.to(f"cuda:{i}")) for i in (0, 1))
+            assert second.device.index == 1
+            assert torch.equal(second.cpu(), first.cpu())
+            assert torch.cuda.current_device() == 0
 
 
 def test_force_is_undone_after_an_error(rms_norm):

@@ -190,6 +190,9 @@ class Operation:
         known = (x.device, x.dtype, x.shape[-1], self.forced)
         if known not in self._chosen:
             self._chosen[known] = self.select(Facts.of(x, x.shape[-1]), self.forced).implementation.function
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):  # kernels go to the current device, wherever their arguments lie
+                return self._chosen[known](*args, **kwargs)
         return self._chosen[known](*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
