@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RequestError
-from .attention import dot_product_attention
+from .attention import check_heads, dot_product_attention
 from .block_map import block_map, kept_blocks, selected_from_means
 from .registry import Constraints, Implementation, Operation, differentiated
 from .triton import offer
@@ -182,7 +182,8 @@ def sparse_linear_attention(
         [B, L, H, D] in q's dtype.
 
     Raises:
-        RequestError: topk_ratio is not in (0, 1], the precision is unknown, or a gradient is wanted through "int8".
+        RequestError: topk_ratio is not in (0, 1], the precision is unknown, a gradient is wanted through "int8", or
+            shapes, those of the means among them, that do not go together.
     """
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
@@ -190,7 +191,19 @@ def sparse_linear_attention(
         raise RequestError(f"sla_topk must be in (0, 1], got {topk_ratio}")
     if precision == "int8" and differentiated((q, k, v)):
         raise RequestError("SageSLA rounds to 8 bits and has no gradient; train with 'sla' (precision 'bf16')")
+    check_heads(q, k, v)
+    size = q.shape[3]
+    projected = proj_weight.shape == (size, size) and proj_bias.shape == (size,)
+    if q.shape != k.shape or not projected or min(block_q, block_k) < 1:
+        raise RequestError(
+            f"q, k and v must be as long as each other, the projection [{size}, {size}] and [{size}], blocks positive;"
+            f" got {q.shape[1]} and {k.shape[1]} tokens, {list(proj_weight.shape)}, {list(proj_bias.shape)} and"
+            f" {block_q} x {block_k}"
+        )
     q_means, k_means = (None, None) if means is None else means
+    for name, given, block in (("q", q_means, block_q), ("k", k_means, block_k)):
+        if given is not None and given.shape != (wanted := (q.shape[0], q.shape[2], -(-q.shape[1] // block), size)):
+            raise RequestError(f"means of {name}'s blocks of {block} must be {list(wanted)}, got {list(given.shape)}")
     return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision, q_means, k_means)
 
 
