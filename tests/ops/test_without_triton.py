@@ -17,6 +17,7 @@ SCRIPT = """
 
     import torch
     from turbowan import ops
+    from turbowan.ops import registry
     from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
     from turbowan.models.pack import join_qkv, round_linears
 
@@ -32,6 +33,11 @@ SCRIPT = """
         assert choice.implementation.name != "triton", name
     refused = dict(ops.explain(facts)["sparse_linear_attention"].refused)
     assert refused["triton"] == "needs the package triton, which is not installed", refused
+    registry._installed = lambda package: package != "triton"  # NVIDIA's attention runs between two kernels of ours
+    for capability in ((9, 0), (12, 0)):
+        choice = ops.explain(ops.Facts("cuda", torch.bfloat16, 128, capability))["sparse_linear_attention"]
+        assert choice.implementation.name == "eager"
+        assert ("cudnn", "needs the package triton, which is not installed") in choice.refused, choice.refused
     assert not [name for name in sys.modules if name.partition(".")[0] == "triton"]
 """
 

@@ -10,9 +10,10 @@ autocast as PyTorch's own layers do. Elsewhere an operation keeps to the dtypes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,7 +51,7 @@ class Constraints:
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
-    package: str | None = None  # that must be installed
+    packages: tuple[str, ...] = ()  # that must be installed, each with the oldest version that serves: "triton>=3.4"
     # from a compute capability up to the next one named, the first PyTorch that serves; None: none that we know of
     torch_from: Mapping[tuple[int, int], str | None] | None = None
 
@@ -72,14 +73,34 @@ class Constraints:
                 return f"no PyTorch is known to have it for compute capability {facts.capability}"
             if version_numbers(facts.pytorch) < version_numbers(needed):
                 return f"needs PyTorch {needed} for compute capability {facts.capability}, got {facts.pytorch}"
-        if self.package is not None and not _installed(self.package):
-            return f"needs the package {self.package}, which is not installed"
-        return None
+        return next(filter(None, map(_lack, self.packages)), None)
+
+
+def _lack(requirement: str) -> str | None:
+    """Why an installed package is not what is needed, such as "triton" or "triton>=3.4"; None where it is."""
+    name, _, oldest = requirement.partition(">=")
+    if not _installed(name):
+        return f"needs the package {name}, which is not installed"
+    found = _version(name) if oldest else None
+    if found is not None and version_numbers(found) < version_numbers(oldest):
+        return f"needs {name} {oldest} or later, got {found}"
+    return None
 
 
 @cache
 def _installed(package: str) -> bool:
     return find_spec(package) is not None
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of an installed package; None where that does not tell."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # Triton also comes as `pytorch-triton` and `triton-windows`
+        with suppress(ImportError):
+            return str(getattr(import_module(package), "__version__", "")) or None
+    return None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from .attention import check_heads, dot_product_attention
 from .block_map import block_map, kept_blocks, selected_from_means
 from .registry import Constraints, Implementation, Operation, differentiated
-from .triton import offer
+from .triton import TRITON, offer
 
 PRECISIONS = ("bf16", "int8")
 _GATHER_ELEMENTS = 1 << 27  # bounds the scratch memory of the exact branch: never an L x L mask
@@ -214,10 +214,8 @@ def _by_cudnn(*args: Any) -> Tensor:
 
 
 offer(_operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128))
-_HALVES = (torch.bfloat16, torch.float16)
-_operation.add(  # on Hopper our own kernel is the faster one
-    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (9, 0), (9, 0), "cudnn"), -1)
-)
-_operation.add(
-    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (10, 0), None, "cudnn"), 2)
-)
+for _from, _to, _priority in (((9, 0), (9, 0), -1), ((10, 0), None, 2)):  # on Hopper our own kernel is the faster one
+    _where = Constraints(
+        ("cuda",), (torch.bfloat16, torch.float16), (64, 128), _from, _to, packages=("cudnn", TRITON)
+    )
+    _operation.add(Implementation("cudnn", _by_cudnn, _where, _priority))

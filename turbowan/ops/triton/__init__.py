@@ -11,6 +11,7 @@ import torch
 
 from ..registry import Constraints, Implementation, Operation
 
+TRITON = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: it stays as it was then
 
 
@@ -33,10 +34,10 @@ def offer(
     def run(*args: Any, **kwargs: Any) -> Any:
         return _load(module, function)(*args, **kwargs)
 
-    cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, package="triton")
+    cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, packages=(TRITON,))
     operation.add(Implementation(name, run, cuda, priority))
     if INTERPRETED:
-        operation.add(Implementation(name, run, Constraints(("cpu",), None, head_sizes, package="triton"), -1))
+        operation.add(Implementation(name, run, Constraints(("cpu",), None, head_sizes, packages=(TRITON,)), -1))
 
 
 def _load(module: str, function: str) -> Callable[..., Any]:
