@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 import turbowan
 from turbowan import ops
 from turbowan.errors import MachineError
-from turbowan.ops import OPERATIONS, Facts
+from turbowan.ops import OPERATIONS, Facts, registry
 from turbowan.ops.registry import Constraints, Implementation
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -65,10 +66,42 @@ def inputs():
             "no PyTorch is known to have it for compute capability (9, 0)",
         ),
         (Constraints(torch_from={(8, 0): None}), CPU, None),
+        (Constraints(packages=("numpy", "torch>=2.7")), CPU, None),
+        (Constraints(packages=("numpy", "nump>=1")), CPU, "needs the package nump, which is not installed"),
+        (
+            Constraints(packages=("torch", "torch>=99.1")),
+            CPU,
+            f"needs torch 99.1 or later, got {metadata.version('torch')}",
+        ),
+        (
+            Constraints(("cuda",)),
+            replace(H100, rocm=True),
+            "is for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)",
+        ),
+        (Constraints(), replace(H100, rocm=True), None),
+        (Constraints(("cpu",)), replace(CPU, rocm=True), None),
     ],
 )
 def test_constraints_say_why(constraints, facts, reason):
     assert constraints.refusal(facts) == reason
+
+
+@pytest.mark.parametrize(("version", "fits"), [("3.3.1", False), ("3.4.0", True), ("3.10.0+git", True), (None, True)])
+def test_kernels_ask_for_a_triton_that_has_their_names(version, fits, monkeypatch):
+    """PyTorch 2.7 brings 3.3, which nobody tried; a Triton that does not tell its version is taken."""
+    monkeypatch.setattr(registry, "_installed", lambda _: True)
+    monkeypatch.setattr(registry, "_version", lambda _: version)
+    for name, choice in ops.explain(H100).items():
+        kernels = {i.name for i in OPERATIONS[name].implementations} & {"triton", "cudnn"}
+        assert not kernels or (choice.implementation.name == "triton") == fits, name
+        for kernel in kernels if not fits else ():
+            assert (kernel, "needs triton 3.4 or later, got 3.3.1") in choice.refused
+
+
+def test_on_an_amd_gpu_plain_pytorch_runs(monkeypatch):
+    monkeypatch.setattr(registry, "_installed", lambda _: True)
+    chosen = {name: choice.implementation.name for name, choice in ops.explain(replace(H100, rocm=True)).items()}
+    assert set(chosen.values()) == {"eager"}, chosen
 
 
 def test_highest_priority_that_may_run_is_selected(rms_norm, inputs):

@@ -16,11 +16,12 @@ from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
+from warnings import warn
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..errors import MachineError
+from ..errors import MachineError, Note
 from ..machine import version_numbers
 
 NAMESPACE = "turbowan"
@@ -35,6 +36,7 @@ class Facts:
     head_size: int | None = None
     capability: tuple[int, int] | None = None  # CUDA compute capability
     pytorch: str = str(torch.__version__)
+    rocm: bool = torch.version.hip is not None  # PyTorch for AMD's GPUs, which it calls "cuda" too
 
     @classmethod
     def of(cls, tensor: torch.Tensor, head_size: int | None = None) -> Facts:
@@ -57,6 +59,16 @@ class Constraints:
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts are outside the constraints, in a few words; None when they are inside."""
+        return self.mismatch(facts) or self.lack(facts)
+
+    def lack(self, facts: Facts) -> str | None:
+        """Of the reasons, those that lie in what is installed."""
+        if facts.rocm and facts.device == "cuda" and self.devices is not None:
+            return "is for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)"
+        return next(filter(None, map(_lack, self.packages)), None)
+
+    def mismatch(self, facts: Facts) -> str | None:
+        """Of the reasons, those that lie in the device and the call."""
         if self.devices is not None and facts.device not in self.devices:
             return f"needs device {'/'.join(self.devices)}, got {facts.device}"
         if self.dtypes is not None and facts.dtype not in self.dtypes:
@@ -73,7 +85,7 @@ class Constraints:
                 return f"no PyTorch is known to have it for compute capability {facts.capability}"
             if version_numbers(facts.pytorch) < version_numbers(needed):
                 return f"needs PyTorch {needed} for compute capability {facts.capability}, got {facts.pytorch}"
-        return next(filter(None, map(_lack, self.packages)), None)
+        return None
 
 
 def _lack(requirement: str) -> str | None:
@@ -200,6 +212,16 @@ class Operation:
         passed_over = tuple(i for i in candidates if i is not chosen)
         return Choice(chosen, tuple(refused), passed_over, forced is not None)
 
+    def _choose(self, facts: Facts) -> Callable[..., Any]:
+        chosen = self.select(facts, self.forced).implementation
+        if facts.device == "cuda" and self.forced is None and chosen.name == "eager":
+            others = (i.constraints for i in self.implementations if i.constraints.mismatch(facts) is None)
+            reason = next(filter(None, (constraints.lack(facts) for constraints in others)), None)
+            if reason is not None and not _noted:
+                _noted.append(reason)
+                warn(f"{self.name} runs in plain PyTorch, slowly: our kernel {reason}", Note, stacklevel=2)
+        return chosen.function
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
@@ -210,7 +232,7 @@ class Operation:
         x = args[0]
         known = (x.device, x.dtype, x.shape[-1], self.forced)
         if known not in self._chosen:
-            self._chosen[known] = self.select(Facts.of(x, x.shape[-1]), self.forced).implementation.function
+            self._chosen[known] = self._choose(Facts.of(x, x.shape[-1]))
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device(x.device):  # kernels go to the current device, wherever their arguments lie
                 return self._chosen[known](*args, **kwargs)
@@ -227,6 +249,7 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+_noted: list[str] = []  # why our kernels do not run on this machine's GPU: said once, of all operations together
 
 
 def forward_mode() -> bool:

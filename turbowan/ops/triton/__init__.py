@@ -11,7 +11,7 @@ import torch
 
 from ..registry import Constraints, Implementation, Operation
 
-TRITON = "triton"
+TRITON = "triton>=3.4"  # tensor descriptors and what else our kernels name; older ones are not tried
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: it stays as it was then
 
 
