@@ -138,6 +138,35 @@ def test_a_forced_implementation_never_falls_back(rms_norm, inputs):
         ops.explain(CPU)
 
 
+def test_a_call_that_does_not_fit_goes_on_to_the_next_and_is_refused_by_force(rms_norm, inputs):
+    """What depends on a call's arguments is asked at each call."""
+
+    def short(x, weight, eps):
+        return None if len(x) < 5 else f"is for 4 rows at most, got {len(x)}"
+
+    x, weight = inputs
+    eager, many = ops.rms_norm(x, weight), torch.randn(7, 64)
+    rms_norm.add(Implementation("doubled", doubled, priority=1, fits=short, limits="up to 4 rows"))
+    for _ in range(2):
+        assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+        assert torch.equal(ops.rms_norm(many, weight), rms_norm.eager(many, weight, 1e-6))
+    with ops.force(rms_norm="doubled"):
+        assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+        with pytest.raises(MachineError, match=r"'doubled' for this call \(is for 4 rows at most, got 7\)"):
+            ops.rms_norm(many, weight)
+    rms_norm.add(Implementation("tripled", lambda *_: 3 * eager, priority=2, fits=lambda *_: "is never for you"))
+    assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+    assert rms_norm.select(CPU).others() == {
+        "doubled": "could run, but tripled has priority 2 over 1",
+        "eager": "could run, but tripled has priority 2 over 0",
+    }
+
+
+def test_who_takes_what_a_kernel_leaves_is_said(rms_norm):
+    rms_norm.add(Implementation("doubled", doubled, priority=1, fits=lambda *_: None, limits="up to 4 rows"))
+    assert rms_norm.select(CPU).others() == {"eager": "could run, but doubled has priority 1 over 0 for up to 4 rows"}
+
+
 def test_a_forced_implementation_is_not_swapped_for_one_with_a_gradient(rms_norm, inputs):
     x, weight = inputs
     rms_norm.add(Implementation("doubled", doubled, priority=1))

@@ -81,4 +81,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, last_key_count: int = 1) -> Tenso
     return _operation(q, k, v, last_key_count)
 
 
-offer(_operation, "short_attention", "attention", head_sizes=(64, 128))
+LONGEST = 1024  # keys of our kernel; beyond, PyTorch's is faster
+FEW = 128  # the same where no key is repeated: 512 keys of 14B at 832x480 take 0.59 ms there, 0.79 here
+
+
+def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> str | None:
+    most = FEW if last_key_count == 1 else LONGEST
+    return None if k.shape[1] <= most else f"is for {most} keys at most, got {k.shape[1]}"
+
+
+offer(
+    _operation, "short_attention", "attention", head_sizes=(64, 128), fits=_fits_kernel,
+    limits=f"up to {FEW} keys, or {LONGEST} where the last stands for many",
+)  # fmt: skip

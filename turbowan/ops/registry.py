@@ -117,19 +117,26 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation. Among those that may run, the highest priority wins."""
+    """One way to compute an operation. Among those that may run, the highest priority wins.
+
+    fits: from a call's arguments, why this call is not for it, None where it is: for what `Constraints` do not know.
+        Asked at each call, so it must be cheap. limits: what it asks for, in a few words.
+    """
 
     name: str
     function: Callable[..., Any]
     constraints: Constraints = Constraints()
     priority: int = 0
+    fits: Callable[..., str | None] | None = None
+    limits: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The outcome of a selection.
 
-    refused: names of those that cannot run here, each with the reason. passed_over: those that could run too.
+    refused: names of those that cannot run here, each with the reason. passed_over: those that could run too, highest
+    priority first; the first of them takes the calls that do not fit the one chosen.
     """
 
     implementation: Implementation
@@ -140,9 +147,10 @@ class Choice:
     def others(self) -> dict[str, str]:
         """Every implementation that was not chosen, with the reason in a few words."""
         chosen = self.implementation
-        return dict(self.refused) | {
+        return {name: reason for name, reason in self.refused if name != chosen.name} | {
             other.name: f"could run, but {chosen.name} "
             + ("is forced" if self.forced else f"has priority {chosen.priority} over {other.priority}")
+            + (f" for {chosen.limits}" if chosen.limits and not self.forced else "")
             for other in self.passed_over
         }
 
@@ -213,14 +221,28 @@ class Operation:
         return Choice(chosen, tuple(refused), passed_over, forced is not None)
 
     def _choose(self, facts: Facts) -> Callable[..., Any]:
-        chosen = self.select(facts, self.forced).implementation
+        """What runs for these facts: a function of the operation's arguments."""
+        choice = self.select(facts, self.forced)
+        chosen = choice.implementation
         if facts.device == "cuda" and self.forced is None and chosen.name == "eager":
             others = (i.constraints for i in self.implementations if i.constraints.mismatch(facts) is None)
             reason = next(filter(None, (constraints.lack(facts) for constraints in others)), None)
             if reason is not None and not _noted:
                 _noted.append(reason)
                 warn(f"{self.name} runs in plain PyTorch, slowly: our kernel {reason}", Note, stacklevel=2)
-        return chosen.function
+        if chosen.fits is None:
+            return chosen.function
+        return self._first_that_fits(chosen, *(() if choice.forced else choice.passed_over))
+
+    def _first_that_fits(self, *implementations: Implementation) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for implementation in implementations:
+                reason = None if implementation.fits is None else implementation.fits(*args, **kwargs)
+                if reason is None:
+                    return implementation.function(*args, **kwargs)
+            raise MachineError(f"operation {self.name} cannot use '{implementation.name}' for this call ({reason})")
+
+        return run
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         device = args[0].device.type

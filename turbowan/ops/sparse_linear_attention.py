@@ -207,15 +207,47 @@ def sparse_linear_attention(
     return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision, q_means, k_means)
 
 
+_KERNEL_BLOCKS = (64, 128)  # tokens
+_E4M3_FROM = (8, 9)  # compute capability
+
+
+def _fits_kernels(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk_ratio: float,
+    block_q: int, block_k: int, precision: str, *means: Tensor | None,
+) -> str | None:  # fmt: skip
+    if block_q not in _KERNEL_BLOCKS or block_k not in _KERNEL_BLOCKS:
+        return f"needs blocks of {'/'.join(map(str, _KERNEL_BLOCKS))} tokens, got {block_q} and {block_k}"
+    if precision == "int8" and q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < _E4M3_FROM:
+            return f"8 bits need compute capability {_E4M3_FROM}, got {capability}"
+    return None
+
+
+def _fits_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk_ratio: float,
+    block_q: int, block_k: int, precision: str, *means: Tensor | None,
+) -> str | None:  # fmt: skip
+    from .cudnn_attention import BLOCK, problem
+
+    if precision != "bf16" or block_k != BLOCK or block_q not in _KERNEL_BLOCKS:
+        return f"is for key blocks of {BLOCK} and precision bf16, got {block_q} x {block_k} and {precision}"
+    return problem(q.device, q.dtype, q.shape[-1])
+
+
 def _by_cudnn(*args: Any) -> Tensor:
     from .cudnn_attention import sparse_linear_attention
 
     return sparse_linear_attention(*args)
 
 
-offer(_operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128))
+offer(
+    _operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128), fits=_fits_kernels,
+    limits="blocks of 64 and 128, in 8 bits from compute capability 8.9 on",
+)  # fmt: skip
 for _from, _to, _priority in (((9, 0), (9, 0), -1), ((10, 0), None, 2)):  # on Hopper our own kernel is the faster one
     _where = Constraints(
         ("cuda",), (torch.bfloat16, torch.float16), (64, 128), _from, _to, packages=("cudnn", TRITON)
     )
-    _operation.add(Implementation("cudnn", _by_cudnn, _where, _priority))
+    _limits = "key blocks of 64 in bf16, once it has passed its self-test"
+    _operation.add(Implementation("cudnn", _by_cudnn, _where, _priority, _fits_cudnn, _limits))

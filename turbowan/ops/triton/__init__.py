@@ -24,6 +24,8 @@ def offer(
     head_sizes: tuple[int, ...] | None = None,
     min_capability: tuple[int, int] = (8, 0),
     priority: int = 1,
+    fits: Callable[..., str | None] | None = None,
+    limits: str = "",
 ) -> None:
     """Let an operation choose a kernel: `function` of the file `module` beside this one, loaded at its first use.
 
@@ -35,9 +37,10 @@ def offer(
         return _load(module, function)(*args, **kwargs)
 
     cuda = Constraints(("cuda",), dtypes, head_sizes, min_capability, packages=(TRITON,))
-    operation.add(Implementation(name, run, cuda, priority))
+    operation.add(Implementation(name, run, cuda, priority, fits, limits))
     if INTERPRETED:
-        operation.add(Implementation(name, run, Constraints(("cpu",), None, head_sizes, packages=(TRITON,)), -1))
+        cpu = Constraints(("cpu",), None, head_sizes, packages=(TRITON,))
+        operation.add(Implementation(name, run, cpu, -1, fits, limits))
 
 
 def _load(module: str, function: str) -> Callable[..., Any]:
