@@ -249,10 +249,11 @@ class Operation:
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self._run(*args, **kwargs)
-        if len(self.implementations) == 1 and self.forced is None:
+        forced = self.forced
+        if len(self.implementations) == 1 and forced is None:
             return self.eager(*args, **kwargs)
         x = args[0]
-        known = (x.device, x.dtype, x.shape[-1], self.forced)
+        known = (x.device, x.dtype, x.shape[-1], forced)
         if known not in self._chosen:
             self._chosen[known] = self._choose(Facts.of(x, x.shape[-1]))
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
@@ -294,7 +295,10 @@ def differentiated(args: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def force(**names: str) -> Iterator[None]:
-    """Run with the named implementations, e.g. `force(layer_norm="eager")`; raises where one cannot run."""
+    """Run with the named implementations, e.g. `force(layer_norm="eager")`; raises where one cannot run.
+
+    In the whole process, other threads included: what belongs to a thread alone `torch.compile` cannot read.
+    """
     before = {name: OPERATIONS[name].forced for name in names}
     try:
         for name, implementation in names.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -43,5 +44,6 @@ def offer(
         operation.add(Implementation(name, run, cpu, -1, fits, limits))
 
 
+@cache
 def _load(module: str, function: str) -> Callable[..., Any]:
     return getattr(import_module(f".{module}", __name__), function)  # type: ignore[no-any-return]
