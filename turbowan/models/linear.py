@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
@@ -83,12 +84,19 @@ def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _is_plain(layer: nn.Module, rows: Rows) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is nothing but a product of numbers of one dtype: nobody hooked into it or replaced its
-    `forward`, and no autocast is to make them one."""
+    """Whether calling the layer is nothing but a product of numbers of one dtype, which no autocast is to make one."""
     if type(layer) is not nn.Linear or torch.is_autocast_enabled(rows.values.device.type):
         return False
-    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return not changed and layer.weight.dtype == rows.values.dtype
+    return not is_changed(layer) and layer.weight.dtype == rows.values.dtype
+
+
+def is_changed(layer: nn.Module) -> bool:
+    """Whether somebody hooked into the layer (or into all modules), replaced its `forward` or compiled it: it must be
+    called then, as a module."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        or "forward" in vars(layer) or layer._compiled_call_impl is not None or _has_any_global_hook()
+    )  # fmt: skip
 
 
 def _added(out: Tensor, x: Tensor, addition: Addition | None) -> Tensor:
@@ -99,7 +107,7 @@ class EightBitLinear(nn.Module, ABC):
     """W8A8: reads rows of its `format`, or rounds what it gets to it.
 
     Subclasses name the format, the buffers and the product. addition: [..., K] -> [..., N], what an adapter adds to the
-    result; a layer that has one wants the numbers themselves, for the adapter.
+    result; a layer that has one, or hooks, wants the numbers themselves, for these.
     """
 
     format: str
@@ -109,7 +117,7 @@ class EightBitLinear(nn.Module, ABC):
     @property
     def reads(self) -> str:
         """What whatever comes before this layer should hand it."""
-        return self.format if self.addition is None else "bf16"
+        return self.format if self.addition is None and not is_changed(self) else "bf16"
 
     @abstractmethod
     def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:

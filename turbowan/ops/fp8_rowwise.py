@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .epilogue import activate, check_activation, finish, product_fake, product_flops
+from .epilogue import activate, check_product, finish, product_fake, product_flops
 from .int8_blockwise import FLOATS
 from .int8_rowwise import exact_ratio
 from .registry import Constraints, Implementation, Operation
@@ -104,10 +104,11 @@ def product_fp8_rowwise(
         [M, N] in `dtype`, rounded once, after the bias.
 
     Raises:
-        RequestError: no such activation.
+        RequestError: no such activation, or shapes that do not go together.
     """
-    check_activation(activation)
-    return _product_operation(codes, scale, weight, weight_scale.view(-1), bias, dtype, activation)
+    weight_scale = weight_scale.flatten()
+    check_product(codes, scale, weight, weight_scale, bias, activation, ((codes.shape[0], 1), (weight.shape[0],)))
+    return _product_operation(codes, scale, weight, weight_scale, bias, dtype, activation)
 
 
 def linear_fp8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,6 +119,9 @@ def linear_fp8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
     Returns:
         [M, N] in x's dtype, rounded once, after the bias.
+
+    Raises:
+        RequestError: shapes that do not go together.
     """
     return product_fp8_rowwise(*quantize_fp8_rowwise(x), weight, weight_scale, bias, x.dtype)
 
