@@ -10,7 +10,15 @@ from torch.nn.modules.module import (
 )
 
 from turbowan import ops
-from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear, format_of
+from turbowan.models.linear import (
+    Fp8Linear,
+    Fp8RowLinear,
+    Int8BlockLinear,
+    Int8RowLinear,
+    format_of,
+    hidden_rows,
+    read_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -20,8 +28,9 @@ def quantised(kind, layer):
     small = kind(layer.in_features, layer.out_features)
     if kind is Int8BlockLinear:
         small.int8_weight, small.scale = ops.quantize_int8_blockwise(layer.weight.detach())
-    elif kind is Int8RowLinear:
-        small.weight, small.weight_scale = ops.quantize_int8_rowwise(layer.weight.detach())
+    elif kind in (Int8RowLinear, Fp8RowLinear):
+        quantize = ops.quantize_int8_rowwise if kind is Int8RowLinear else ops.quantize_fp8_rowwise
+        small.weight, small.weight_scale = quantize(layer.weight.detach())
     else:
         small.scale_weight = layer.weight.detach().abs().max().view(1) / 448
         small.weight = (layer.weight.detach() / small.scale_weight).to(torch.float8_e4m3fn)
@@ -51,6 +60,22 @@ def test_an_addition_is_added_exactly_and_asks_for_numbers(kind, relative_error)
     assert relative_error(small(x) - plain, x @ change.T) < 1e-4
     small.addition = None
     assert format_of(small) == before
+
+
+@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, Fp8RowLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 130), (2, 130), (2, 128)])
+def test_gelu_of_the_numbers_is_no_pass_of_its_own(kind, dtype, shape, monkeypatch, relative_error):
+    """Where an adapter of the second layer wants them, the first one's product makes them."""
+    layer = quantised(kind, nn.Linear(200, 90))
+    x = torch.randn(*shape, 200, dtype=dtype)
+    expected = nn.functional.gelu(layer(x), approximate="tanh")
+    monkeypatch.setattr(ops, "gelu_rows", None)
+    hidden = hidden_rows(layer, read_rows(x, layer.format), dtype, "bf16")
+    assert hidden.values.dtype == dtype
+    assert hidden.values.shape == (shape[0] * shape[1], 90)
+    assert (hidden.format, hidden.scale.numel()) == ("bf16", 0)
+    assert relative_error(hidden.samples(hidden.values), expected) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("rows", [1, 100, 128, 300])

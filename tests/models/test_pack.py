@@ -98,6 +98,18 @@ def test_a_joined_layer_wants_a_gradient_where_its_parts_did(wanted, net):
     assert {parameter.requires_grad for parameter in net.blocks[0].self_attn.qkv.parameters()} == {wanted}
 
 
+@pytest.mark.parametrize(("format", "dtype"), [("fp8_row", torch.bfloat16), ("int8_row", torch.float32)])
+def test_a_float8_layer_keeps_the_bias_that_its_product_takes(format, dtype, net):
+    """Rounded once, not at each call, where a file has it in float32; int8 products add it as it is."""
+    net.bfloat16()
+    round_linears(net, "int8_block")
+    net.blocks[0].ffn[2].bias = bias = torch.randn(256)
+    round_linears(net, format)
+    rounded = net.blocks[0].ffn[2].bias
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, bias.to(dtype))
+
+
 def test_from_one_format_to_another(net, relative_error):
     expected = velocity(net)
     round_linears(net, "int8_block")

@@ -64,6 +64,9 @@ def hidden_rows(layer: nn.Module, rows: Rows, dtype: torch.dtype, format: str) -
     if format == "bf16" and _is_plain(layer, rows):
         values = ops.linear(rows.values, layer.weight, layer.bias, "gelu_tanh")
         return Rows(values, rows.scale, format, rows.batch, rows.length)
+    if format == "bf16" and rows.format != "bf16":  # an adapter wants the numbers: no pass of its own for GELU
+        values = rows.samples(layer.product(rows, dtype, "gelu_tanh")).flatten(0, 1)  # type: ignore[operator]
+        return Rows(values, values.new_empty(0), format, rows.batch, rows.length)
     x = project(layer, rows, dtype)
     return Rows(*ops.gelu_rows(x, format), format, x.shape[0], x.shape[1])
 
@@ -120,8 +123,8 @@ class EightBitLinear(nn.Module, ABC):
         return self.format if self.addition is None and not is_changed(self) else "bf16"
 
     @abstractmethod
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """[M, N] in `dtype` from rows in this layer's format."""
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
+        """[M, N] in `dtype` from rows in this layer's format; activation: as of `ops.product_int8_rowwise`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, K] -> [B, L, N] in x's dtype."""
@@ -142,8 +145,9 @@ class Int8BlockLinear(EightBitLinear):
         self.register_buffer("scale", torch.empty(blocks, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        return ops.product_int8_blockwise(rows.values, rows.scale, self.int8_weight, self.scale, self.bias, dtype)
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
+        weight = self.int8_weight, self.scale, self.bias
+        return ops.product_int8_blockwise(rows.values, rows.scale, *weight, dtype, activation)
 
 
 class RowLinear(EightBitLinear):
@@ -159,9 +163,10 @@ class RowLinear(EightBitLinear):
         self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
         product = ops.product_int8_rowwise if self.format == "int8_row" else ops.product_fp8_rowwise
-        return product(rows.values, rows.scale, self.weight, self.weight_scale.flatten(), self.bias, dtype)
+        weight = self.weight, self.weight_scale.flatten(), self.bias
+        return product(rows.values, rows.scale, *weight, dtype, activation)
 
 
 class Int8RowLinear(RowLinear):

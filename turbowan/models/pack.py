@@ -59,12 +59,14 @@ def round_linears(net: WanTransformer, format: str) -> None:
             if format == "bf16":
                 setattr(module, name, _whole_linear(layer, net.patch_embedding.weight.dtype))
             elif not isinstance(layer, _FORMATS[format][0]):
-                setattr(module, name, _rounded_linear(layer, format))
+                setattr(module, name, _rounded_linear(layer, format, net.patch_embedding.weight.dtype))
 
 
-def _rounded_linear(layer: nn.Module, format: str) -> nn.Module:
+def _rounded_linear(layer: nn.Module, format: str, dtype: torch.dtype) -> nn.Module:
     kind, names, quantize = _FORMATS[format]
     weight, bias = full_weight(layer), layer.state_dict()["bias"]
+    if format == "fp8_row" and dtype == torch.bfloat16:  # as PyTorch's product takes it: else a kernel at each call
+        bias = bias.to(dtype)
     rounded = kind(weight.shape[1], weight.shape[0], "meta")
     for target, value in zip((*names, "bias"), (*quantize(weight), bias), strict=True):
         setattr(rounded, target, value)

@@ -70,6 +70,8 @@ class Config:
 CONFIGS = {
     (8, 0): Config(128, 8, 2),  # not measured
     (9, 0): Config(64, 4, 2, True),
+    (10, 0): Config(64, 4, 2, True),  # not measured
+    (12, 0): Config(64, 4, 2, True),  # not measured
 }
 
 
