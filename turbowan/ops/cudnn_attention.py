@@ -1,7 +1,7 @@
 """Sparse-linear attention with NVIDIA's block-sparse attention for its exact branch: the extra `cudnn`.
 
 Needs `nvidia-cudnn-frontend` 1.32 or later, whose kernels are compiled at first use, and Hopper or a later GPU.
-Selection and linear branch are our own kernels. On Hopper our own exact branch is faster (an H200, 14B at 832x480, all of
+Selection and linear branch are our own kernels. On Hopper our own exact branch is faster (H200, 14B at 832x480, all of
 the operation: 3.85 ms against 5.16), so there this one runs only where it is forced. On later GPUs neither is measured:
 installing it means using it. Its interface: docs.nvidia.com/cudnn, "Block Sparse Attention (BSA)".
 """
