@@ -195,7 +195,7 @@ class GenerateResult:
         Returns:
             The paths written.
         """
-        from .media.video import save_videos
+        from .media.saving import save_videos
 
         return save_videos(self, Path(path))
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from turbowan.errors import MediaError
-from turbowan.media.video import check_target, save_side_by_side, save_videos, write_video
+from turbowan.media.saving import save_side_by_side, save_videos
+from turbowan.media.video import check_target, write_video
 from turbowan.world.scenes import MOTIONS, draw_scenes, render
 
 SEED = random.randrange(2**31)
