@@ -216,9 +216,9 @@ def test_image_to_video_with_clip_tokens(tmp_path, fresh_seed, relative_error):
         found = []
         decode = Run.decode
 
-        def keep(run: Run, value: torch.Tensor) -> list[np.ndarray]:
+        def keep(run: Run, value: torch.Tensor, sink: object) -> list[np.ndarray]:
             found.append(value)
-            return decode(run, value)
+            return decode(run, value, sink)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Run, "decode", keep)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -164,6 +164,16 @@ def _within(name: str, value: float | None, low: float, high: float) -> None:
 def _positive(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise RequestError(f"{name} must be positive, got {value}")
+
+
+class FrameSink(Protocol):
+    """Where a generation's frames go as soon as they are decoded; an exception raised here ends the generation."""
+
+    def begin(self, num_samples: int, num_frames: int, fps: int, settings: Mapping[str, object]) -> None:
+        """Before any work is done: what will come, and the result's settings."""
+
+    def add(self, sample: int, frames: np.ndarray) -> None:
+        """A sample's next frames, uint8 [t, H, W, 3]: a part of the result's videos, which does not change any more."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
+from .media.transfer import to_host
 from .memory.residency import Residency
 from .models.pack import file_format, prepare
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
 from .ops import FormatChoice, choose_format, compute_dtype
-from .request import GenerateRequest
+from .request import FrameSink, GenerateRequest
 from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
 from .settings import Settings
@@ -259,21 +260,25 @@ class Run:
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
 
-    def decode(self, latent: Tensor) -> list[np.ndarray]:
-        """uint8 [T, H, W, 3] per sample."""
+    def decode(self, latent: Tensor, sink: FrameSink | None = None) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] per sample; the sink gets them while later ones are decoded."""
         vae = self._part("vae", load_vae)
-        videos = []
-        done, total = 0, self.settings.num_samples * latent.shape[2]
+        settings, videos = self.settings, list[np.ndarray]()
+        done, total = 0, settings.num_samples * latent.shape[2]
         self.report(Progress("decode", 0, total))
-        together = max(1, DECODE_PIXELS[self.device.type] // (self.settings.width * self.settings.height))
+        together = max(1, DECODE_PIXELS[self.device.type] // (settings.width * settings.height))
+        size = settings.num_frames, settings.height, settings.width, 3
         with self.clock.stage("decode"):
             for samples in latent.split(together):
-                chunks = []
-                for chunk in vae.decode_stream(samples):
-                    chunks.append(to_uint8(chunk).cpu())
+                frames = torch.empty(len(samples), *size, dtype=torch.uint8)
+                made = list(frames.numpy())
+                for start, stop in to_host(map(to_uint8, vae.decode_stream(samples)), frames):
+                    if sink is not None:
+                        for i, video in enumerate(made, len(videos)):
+                            sink.add(i, video[start:stop])
                     done += len(samples)
                     self.report(Progress("decode", done, total))
-                videos += list(torch.cat(chunks, dim=2).permute(0, 2, 3, 4, 1).contiguous().numpy())
+                videos += made
         self.parts.done("vae")
         return videos
 

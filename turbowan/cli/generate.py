@@ -59,6 +59,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_MACHINE)] = "auto",
 ) -> None:
     """Make a video from a prompt (and an image). What is left open comes from the model's manifest."""
+    from ..media.saving import VideoFiles
     from ..media.video import check_target
     from ..request import GenerateRequest
     from ..terminal import ProgressLine, between_steps
@@ -97,8 +98,9 @@ def generate(
 
         for request, target in zip(requests, targets, strict=True):
             check()
-            result = engine.generate(request, progress)
-            files = [str(path) for path in result.save(target)]
+            with VideoFiles(target) as out_files:
+                result = engine.generate(request, progress, out_files)
+                files = [str(path) for path in out_files.close(result)]
             print(json.dumps({"files": files, **result.summary()}) if print_json else "\n".join(files), flush=True)
             if sys.stderr.isatty():
                 stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.stages.items() if seconds)

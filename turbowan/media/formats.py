@@ -20,8 +20,8 @@ from PIL import Image, PngImagePlugin
 from ..errors import MediaError
 
 CRF = {".mp4": 18, ".webm": 31}
-# x264's "veryfast" has a third of the default preset's work, and looks 10 frames ahead instead of 40: less is left to do
-# after the last frame. Its rate factor gives less detail: 2 below, size and error are those of the default preset.
+# x264's "veryfast" does half of the default preset's work or less, and looks 10 frames ahead instead of 40: less is
+# left to do after the last frame. At a rate factor 2 below, size and error are about those of the default preset.
 H264_OPTIONS = {"preset": "veryfast"}
 H264_CRF_OFFSET = -2
 VP9_OPTIONS = {"b": "0", "row-mt": "1", "cpu-used": "4"}

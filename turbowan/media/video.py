@@ -1,4 +1,4 @@
-"""Writing a video while its frames are still being made: mp4, webm, gif, or a folder of pictures. Whole or not at all."""
+"""Writing a video while its frames are being made: mp4, webm, gif, or a folder of pictures. Whole or not at all."""
 
 from __future__ import annotations
 
