@@ -23,7 +23,7 @@ from .memory.plan import make_plan, weight_bytes
 from .memory.residency import Residency
 from .request import FrameSink, GenerateRequest, GenerateResult
 from .settings import resolve
-from .stages import Execution, Run
+from .stages import Execution, PreviewCallback, Run
 
 
 class Engine:
@@ -83,18 +83,24 @@ class Engine:
         return cls(find_model(model, files), choose_device(device), block_q, block_k)
 
     def generate(
-        self, request: GenerateRequest, progress: ProgressCallback | None = None, sink: FrameSink | None = None
+        self,
+        request: GenerateRequest,
+        progress: ProgressCallback | None = None,
+        sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
     ) -> GenerateResult:
         """Carry out one request.
 
         Args:
             progress: called as stages go on; an exception it raises ends the generation between two steps.
             sink: gets the frames while later ones are decoded, such as `media.saving.VideoFiles`, which writes them.
+            preview: called with each step (from 1) and what it takes the clean videos to be, uint8 [B, T, h, w, 3]:
+                an eighth of the size, the first frame and one of every four after it.
 
         Raises:
             RequestError: the request does not fit the model.
         """
-        return self.generate_batch([request.prompt] * request.num_samples, request, progress, sink)
+        return self.generate_batch([request.prompt] * request.num_samples, request, progress, sink, preview)
 
     @torch.inference_mode()
     def generate_batch(
@@ -103,6 +109,7 @@ class Engine:
         request: GenerateRequest,
         progress: ProgressCallback | None = None,
         sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
     ) -> GenerateResult:
         """One sample for each prompt, together; all else is the request's (its prompt and num_samples do not count)."""
         image = None if request.image is None else read_image(request.image)
@@ -131,7 +138,7 @@ class Engine:
         try:
             with run.clock.stage("total", exclusive=False):
                 texts = run.encode_text(prompts)
-                latent = run.denoise(run.condition(texts, image))
+                latent = run.denoise(run.condition(texts, image), preview)
                 videos = run.decode(latent, sink)
         except torch.OutOfMemoryError as error:
             self.parts.clear()

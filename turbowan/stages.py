@@ -17,6 +17,7 @@ from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
+from .media.preview import fit_colours, to_colours
 from .media.transfer import to_host
 from .memory.residency import Residency
 from .models.pack import file_format, prepare
@@ -31,6 +32,7 @@ from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
 LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}  # by the request's precision
+PreviewCallback = Callable[[int, np.ndarray], None]
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
 
@@ -188,7 +190,7 @@ class Run:
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
 
-    def denoise(self, condition: Condition) -> Tensor:
+    def denoise(self, condition: Condition, preview: PreviewCallback | None = None) -> Tensor:
         """The final latent, float32 [B, 16, T, h, w]."""
         settings = self.settings
         shape = (
@@ -196,6 +198,8 @@ class Run:
             settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR,
         )  # fmt: skip
         velocity = self._velocity_function(condition)
+        if preview is not None:
+            velocity = self._previewed(velocity, preview)
 
         def on_step(i: int, latent: Tensor, t: float) -> None:
             self.report(Progress("denoise", i + 1, settings.num_steps))
@@ -239,6 +243,20 @@ class Run:
             return unwanted + settings.guidance_scale * (wanted - unwanted)
 
         return velocity
+
+    def _previewed(self, velocity: rcm.VelocityFunction, preview: PreviewCallback) -> rcm.VelocityFunction:
+        """The same function, showing what each step takes the clean latent to be."""
+        vae = self._part("vae", load_vae)
+        with self.clock.stage("condition"):
+            colours = fit_colours(vae.encode)
+        self.parts.done("vae")
+
+        def shown(latent: Tensor, t: float, step: int) -> Tensor:
+            found = velocity(latent, t, step)
+            preview(step + 1, to_colours(latent - t * found, colours))
+            return found
+
+        return shown
 
     def _tell(self, net: WanTransformer, condition: Condition) -> list[Context]:
         """What this expert makes of the prompts and, with guidance, of the negative ones: once for all its steps."""
