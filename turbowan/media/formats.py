@@ -6,8 +6,9 @@ Each writer takes the frames, uint8 [H, W, 3], as they come and is done soon aft
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,12 @@ def write_png(path: Path, frames: Iterator[np.ndarray], num_frames: int, metadat
 
     with ThreadPoolExecutor() as pool:
         try:
-            for written in [pool.submit(write, i, frame) for i, frame in enumerate(frames)]:
+            begun: deque[Future[None]] = deque()
+            for i, frame in enumerate(frames):
+                begun.append(pool.submit(write, i, frame))
+                while begun and begun[0].done():
+                    begun.popleft().result()  # an error ends the work now, not after the last frame
+            for written in begun:
                 written.result()
         finally:
             pool.shutdown(cancel_futures=True)

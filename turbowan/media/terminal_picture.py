@@ -38,8 +38,8 @@ def protocol(environment: Mapping[str, str]) -> str | None:
 
 def fit(height: int, width: int, columns: int, rows: int) -> tuple[int, int]:
     """Columns and rows that show a picture as large as they allow, in its proportions."""
-    wide = min(columns, round(CELL * rows * width / height))
-    return max(1, wide), max(1, min(rows, round(wide * height / width / CELL)))
+    wide = max(1, min(columns, round(CELL * rows * width / height)))
+    return wide, max(1, min(rows, round(wide * height / width / CELL)))
 
 
 def kitty(picture: np.ndarray, columns: int, rows: int) -> str:
