@@ -21,9 +21,9 @@ from .machine import check_torch, peak_host_memory
 from .media.image import read_image
 from .memory.plan import make_plan, weight_bytes
 from .memory.residency import Residency
-from .request import GenerateRequest, GenerateResult
+from .request import FrameSink, GenerateRequest, GenerateResult
 from .settings import resolve
-from .stages import Execution, Run
+from .stages import Execution, PreviewCallback, Run
 
 
 class Engine:
@@ -82,20 +82,34 @@ class Engine:
                 raise CheckpointError(f"{role.replace('_', ' ')} file {path} does not exist")
         return cls(find_model(model, files), choose_device(device), block_q, block_k)
 
-    def generate(self, request: GenerateRequest, progress: ProgressCallback | None = None) -> GenerateResult:
+    def generate(
+        self,
+        request: GenerateRequest,
+        progress: ProgressCallback | None = None,
+        sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
+    ) -> GenerateResult:
         """Carry out one request.
 
         Args:
             progress: called as stages go on; an exception it raises ends the generation between two steps.
+            sink: gets the frames while later ones are decoded, such as `media.saving.VideoFiles`, which writes them.
+            preview: called with each step (from 1) and what it takes the clean videos to be, uint8 [B, T, h, w, 3]:
+                an eighth of the size, the first frame and one of every four after it.
 
         Raises:
             RequestError: the request does not fit the model.
         """
-        return self.generate_batch([request.prompt] * request.num_samples, request, progress)
+        return self.generate_batch([request.prompt] * request.num_samples, request, progress, sink, preview)
 
     @torch.inference_mode()
     def generate_batch(
-        self, prompts: Sequence[str], request: GenerateRequest, progress: ProgressCallback | None = None
+        self,
+        prompts: Sequence[str],
+        request: GenerateRequest,
+        progress: ProgressCallback | None = None,
+        sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
     ) -> GenerateResult:
         """One sample for each prompt, together; all else is the request's (its prompt and num_samples do not count)."""
         image = None if request.image is None else read_image(request.image)
@@ -114,6 +128,9 @@ class Engine:
         sizes = self.part_sizes(how.dtype, how)
         plan = make_plan(request.memory, sizes, self.device, request.gpu_budget, self.parts.nbytes)
         self.parts.keep = plan.keep
+        facts = {"model": self.manifest.name, **settings.as_dict(), **how.facts()}
+        if sink is not None:
+            sink.begin(settings.num_samples, settings.num_frames, settings.fps, facts)
         report = progress or (lambda _: None)
         run = Run(self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, how, report)
         if self.device.type == "cuda":
@@ -121,8 +138,8 @@ class Engine:
         try:
             with run.clock.stage("total", exclusive=False):
                 texts = run.encode_text(prompts)
-                latent = run.denoise(run.condition(texts, image))
-                videos = run.decode(latent)
+                latent = run.denoise(run.condition(texts, image), preview)
+                videos = run.decode(latent, sink)
         except torch.OutOfMemoryError as error:
             self.parts.clear()
             size = f"{settings.num_samples} x {settings.num_frames} frames of {settings.width}x{settings.height}"
@@ -134,7 +151,7 @@ class Engine:
             videos=videos,
             fps=settings.fps,
             seed=settings.seed,
-            settings={"model": self.manifest.name, **settings.as_dict(), **how.facts()},
+            settings=facts,
             stages=run.clock.seconds,
             peak_memory=peak_memory(self.device),
         )
