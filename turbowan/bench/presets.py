@@ -27,10 +27,10 @@ from .random_weights import (
     write_random,
 )
 
-# 40 words, as users of video models write them
+# 40 words that the embedded model's tokenizer knows, so that it makes about as many tokens of them as umT5's would
 PROMPT = (
-    "A red fox runs through deep fresh snow at dawn, its breath steaming in the cold air, while golden light falls"
-    " between tall pine trees and the camera follows close behind at the height of its shoulders"
+    "a red circle moves right on a blue background while a large green square turns slowly in the middle and a small"
+    " yellow star with a white ring moves up from the left to the right and grows very fast"
 )
 TOKENIZER_NOTE = "the embedded model's, 512 pieces"
 
