@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .checkpoints.assign import Report
 from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
 from .memory.residency import Residency
-from .models.pack import file_format, prepare
+from .models.pack import file_format, prepare_block
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
@@ -139,15 +141,17 @@ class Run:
     def _part(self, role: str, load: Callable[..., Any]) -> Any:
         def timed() -> Any:
             with self.clock.stage("load"):
-                return load(self.manifest.files[role], self.device, self.how.dtype)
+                return load(self.manifest.files[role], self.device, self.how.dtype, report=self._loading)
 
         return self.parts.get(role, self.how.variant(role), timed)
 
+    def _loading(self, done: int, total: int) -> None:
+        self.report(Progress("load", done, total, "bytes"))
+
     def _expert_net(self, role: str) -> WanTransformer:
-        def load(path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-            net = load_transformer(path, device, dtype)
-            prepare(net, self.how.linears[role].format)
-            return net
+        def load(path: Path, device: torch.device, dtype: torch.dtype, report: Report) -> WanTransformer:
+            ready = partial(prepare_block, linears=self.how.linears[role].format, dtype=dtype)
+            return load_transformer(path, device, dtype, report=report, each_block=ready)
 
         return self._part(role, load)  # type: ignore[no-any-return]
 

@@ -126,7 +126,7 @@ def write_model(
         def count(_: str, size: int, role: str = role, total: int = total) -> None:
             nonlocal done
             done += size
-            report(Progress(files[role].stem[:20], done, total))
+            report(Progress(files[role].stem, done, total, "bytes"))
 
         write_random(files[role], layouts[role], device, seed, count)
     files["tokenizer"] = folder / "tokenizer"

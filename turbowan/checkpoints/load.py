@@ -15,7 +15,7 @@ from ..errors import CheckpointError, RequestError
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..models.vae import LATENT_CHANNELS, MULTIPLIERS, WanVAE
 from ..ops.layer_norm import VARIANCES
-from .assign import TRANSFORMER_FLOAT32, assign, check_fit, fit_quantized
+from .assign import TRANSFORMER_FLOAT32, EachBlock, Report, assign, check_fit, fit_quantized
 from .comfy import SPIECE
 from .detect import ROLES, Detected, detect, strip_prefixes
 from .families import READERS
@@ -58,6 +58,8 @@ def load_transformer(
     block_q: int | None = None,
     block_k: int | None = None,
     norms: str = "exact",
+    report: Report | None = None,
+    each_block: EachBlock | None = None,
 ) -> WanTransformer:
     """Load a Wan transformer of any family, size and quantisation; a quantised file runs quantised.
 
@@ -68,6 +70,8 @@ def load_transformer(
         sla_topk: share of key blocks kept, 0.1 by default.
         block_q, block_k: tokens per block, 128 and 64 by default; the official SageSLA uses 64 and 128 on Hopper.
         norms: "exact", or "official" for the fast kernel's variance in norm1, norm2 and norm3.
+        report: called as the weights come, with the bytes read and in all.
+        each_block: called with each block as soon as it is there, before the next one is: see `assign`.
 
     Raises:
         CheckpointError: the file cannot serve, or lacks SLA's projection where SLA is asked for; the line says what
@@ -80,7 +84,7 @@ def load_transformer(
     net, state = empty_transformer(state, str(path))
     net.attention = choose_attention(net.config, str(path), attention, sla_topk, block_q, block_k)
     net.norms = norms
-    assign(net, state, device, dtype, TRANSFORMER_FLOAT32)
+    assign(net, state, device, dtype, TRANSFORMER_FLOAT32, report, each_block)
     return net.eval()
 
 
@@ -171,14 +175,19 @@ def _count(state: Mapping[str, Tensor], pattern: str, name: str) -> int:
     return len(numbers)
 
 
-def load_vae(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+def load_vae(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
+) -> WanVAE:
     """Load a Wan 2.1 VAE of any base width, in Wan's or diffusers' names.
 
     Raises:
         CheckpointError: the file cannot serve.
     """
     vae, state = empty_vae(read(path, "vae")[0], str(path))
-    assign(vae, state, device, dtype)
+    assign(vae, state, device, dtype, report=report)
     return vae.eval()
 
 
@@ -199,7 +208,10 @@ def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
 
 
 def load_text_encoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
 ) -> TextEncoder:
     """Load an umT5 encoder in Wan's, transformers' or ComfyUI's layout; fp8_scaled weights stay in 8 bits.
 
@@ -207,7 +219,8 @@ def load_text_encoder(
         CheckpointError: the file cannot serve.
     """
     encoder, state = empty_text_encoder(read(path, "text_encoder")[0], str(path))
-    assign(encoder.model, state, device, dtype)
+    del state[TIED]
+    assign(encoder.model, state, device, dtype, report=report)
     encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
     return encoder.eval()
 
@@ -238,7 +251,10 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
 
 
 def load_image_encoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
 ) -> ImageEncoder:
     """Load the CLIP vision tower of Wan 2.1 image-to-video, in Wan's, ComfyUI's or transformers' layout.
 
@@ -250,7 +266,7 @@ def load_image_encoder(
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[1], device=device).unsqueeze(0)
-    assign(encoder.model, state, device, dtype)
+    assign(encoder.model, state, device, dtype, report=report)
     return encoder.eval()
 
 
