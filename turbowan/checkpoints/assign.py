@@ -83,8 +83,8 @@ def assign(
 ) -> None:
     """Give a module the tensors of a state that fits it, on `device` and in `dtype`; 8-bit weights keep theirs.
 
-    What the state lacks is left alone: `check_fit` comes first. On a CPU a tensor that has its dtype already stays where
-    it is, in its file if it is mapped; a GPU gets all of them in parallel reads (see `transfer`).
+    What the state lacks is left alone: `check_fit` comes first. On a CPU a tensor that has its dtype stays where it is,
+    in its file if it is mapped; a GPU gets all of them in parallel reads (see `transfer`).
 
     Args:
         float32_parts: pieces of names; tensors with one of them stay in float32 where the state has them so.
