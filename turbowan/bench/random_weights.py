@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from ..checkpoints.official import write_transformer as write_official
 from ..checkpoints.quantize import quantize_transformer
 from ..checkpoints.scales import write_comfy_scales
 from ..checkpoints.wan import write_text_encoder, write_transformer
-from ..models.text_encoder import TextEncoder
+from ..models.text_encoder import TextEncoder, TextSizes
 from ..models.transformer import TransformerConfig, WanTransformer
 from ..models.vae import WanVAE
 
@@ -33,19 +32,6 @@ PICTURE = 0.05  # of the decoder's last convolution: frames as easy to compress 
 _LINEAR = re.compile(r"^blocks\.\d+\.((self|cross)_attn\.([qkvo]|[kv]_img)|ffn\.[02])\.weight$")
 _TEXT_LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_[01]|o))\.weight$")
 _CODES = {torch.int8: 32.0, torch.float8_e4m3fn: 16.0}  # standard deviation of 8-bit codes
-
-
-@dataclass(frozen=True)
-class TextSizes:
-    """Of an umT5 encoder."""
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    head_width: int
-    hidden: int
-
 
 TEXT_ENCODERS = {
     "xxl": TextSizes(256384, 4096, 24, 64, 64, 10240),
@@ -77,7 +63,6 @@ def text_layout(sizes: TextSizes, format: str) -> State:
     with torch.device("meta"):
         encoder = TextEncoder(**vars(sizes))
     state = {key: value.bfloat16() for key, value in encoder.model.state_dict().items()}
-    state.pop("encoder.embed_tokens.weight")
     if format == "bf16":
         return write_text_encoder(state)
     return write_comfy_scales(_in_8_bits(state, _TEXT_LINEAR, torch.float8_e4m3fn))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
+from ..models.linear import Int8BlockLinear, Int8RowLinear, ScaledLinear
 from .files import State
 from .scales import FP8, expand
 from .transfer import Item, transfer
@@ -37,8 +37,10 @@ def fit_quantized(net: nn.Module, state: State) -> State:
         if not is_block and (weight is None or weight.dtype not in (*FP8, torch.int8)):
             continue
         swapped = isinstance(module, nn.Linear) and _RUNS_IN_8_BITS.search(name) is not None
-        if swapped and weight is not None and weight.dtype in FP8:
-            layer = Fp8Linear(module.in_features, module.out_features, module.bias is not None, weight.dtype, "meta")
+        if swapped and weight is not None and (weight.dtype in FP8 or module.bias is None):
+            if weight.dtype == torch.int8:
+                state[f"{name}.scale_weight"] = state.pop(f"{name}.weight_scale").flatten()
+            layer = ScaledLinear(module.in_features, module.out_features, module.bias is not None, weight.dtype, "meta")
             layer.scale_weight = state.setdefault(f"{name}.scale_weight", torch.ones(1)).to("meta")
             net.set_submodule(name, layer)
         elif swapped and module.bias is not None:

@@ -245,6 +245,18 @@ def _bytes(value: Tensor) -> Tensor:
     return torch.from_numpy(flat.numpy())
 
 
+def file_identity(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of change of the weights at a path, in nanoseconds: what differs when they do.
+
+    Args:
+        path: a file, a shard index (all weights beside it count), or a folder of weights.
+    """
+    folder = path if path.is_dir() else path.parent
+    one = path.is_file() and path.suffix != ".json"
+    files = [path] if one else sorted(p for p in folder.iterdir() if p.suffix in (*SAFETENSORS, *PICKLED, ".json"))
+    return tuple((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+
+
 def make_folder(folder: Path) -> Path:
     """Make a folder and those above it, unless they are there. Returns it.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RequestError
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..models.vae import LATENT_CHANNELS, MULTIPLIERS, WanVAE
 from ..ops.layer_norm import VARIANCES
@@ -24,9 +25,6 @@ from .scales import read_scales
 
 if TYPE_CHECKING:
     from ..models.image_encoder import ImageEncoder
-    from ..models.text_encoder import TextEncoder
-
-TIED = "encoder.embed_tokens.weight"  # umT5's embedding under its second name, which files leave out
 
 
 def read(path: Path | str, role: str | None = None) -> tuple[State, Detected]:
@@ -219,15 +217,12 @@ def load_text_encoder(
         CheckpointError: the file cannot serve.
     """
     encoder, state = empty_text_encoder(read(path, "text_encoder")[0], str(path))
-    del state[TIED]
     assign(encoder.model, state, device, dtype, report=report)
-    encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
     return encoder.eval()
 
 
 def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
     """As `empty_transformer`, for an umT5 encoder (the state is that of its `model`)."""
-    from ..models.text_encoder import TextEncoder
 
     def shape(key: str) -> tuple[int, ...]:
         return _shape(state, key, 2, name)
@@ -245,7 +240,6 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
             hidden=shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
         )
     state = fit_quantized(encoder.model, state)
-    state[TIED] = state["shared.weight"]
     check_fit(encoder.model, state, name)
     return encoder, state
 

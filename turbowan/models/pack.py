@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
 from ..ops.rows import FORMATS
-from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, format_of
+from .linear import Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, ScaledLinear, format_of
 from .transformer import SelfAttention, WanTransformer
 
 # format -> layer, the names of its codes and scales, and what makes them of a weight [N, K]
@@ -50,7 +50,7 @@ def file_format(net: nn.Module) -> str:
     `ops.rows.FORMATS`, "fp8_scaled" (in bfloat16 once expanded), or "mixed".
     """
     formats = {
-        "fp8_scaled" if isinstance(layer, Fp8Linear) else format_of(layer)
+        "fp8_scaled" if isinstance(layer, ScaledLinear) else format_of(layer)
         for name, layer in net.blocks.named_modules()  # type: ignore[union-attr, operator]
         if is_linear(layer) and name.rpartition(".")[2] not in _WHOLE
     }
@@ -98,7 +98,7 @@ def _whole_linear(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it multiplies by a weight [N, K], however that is stored."""
-    return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, Fp8Linear))
+    return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, ScaledLinear))
 
 
 def full_weight(layer: nn.Module) -> Tensor:
@@ -107,7 +107,7 @@ def full_weight(layer: nn.Module) -> Tensor:
         return ops.dequantize_int8_blockwise(layer.int8_weight, layer.scale)
     if isinstance(layer, RowLinear):
         return layer.weight.float() * layer.weight_scale
-    if isinstance(layer, Fp8Linear):
+    if isinstance(layer, ScaledLinear):
         return layer.weight.float() * layer.scale_weight.float().view(-1, 1)
     return layer.weight.detach()  # type: ignore[operator, return-value]
 
