@@ -7,6 +7,7 @@ import torch
 
 from turbowan.bench.presets import PRESETS, find_preset, frame_size, write_model
 from turbowan.bench.random_weights import TEXT_ENCODERS, TRANSFORMERS, text_layout, transformer_layout, vae_layout
+from turbowan.bench.text import random_encoder
 from turbowan.checkpoints.detect import detect
 from turbowan.checkpoints.load import load_text_encoder, load_transformer, load_vae
 from turbowan.errors import MachineError, RequestError
@@ -56,6 +57,15 @@ def test_every_format_runs(format, tmp_path):
         assert value.std() > 0
     experts = [load_transformer(manifest.files[role]).patch_embedding.weight for role in ("high_noise", "low_noise")]
     assert not torch.equal(*experts)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_an_encoder_of_random_weights(format):
+    encoder = random_encoder(TEXT_ENCODERS["tiny"], format, torch.device("cpu"))
+    with torch.inference_mode():
+        assert encoder(torch.randint(2, 500, (1, 9))).isfinite().all()
+    kept = {weight.dtype for weight in (*encoder.parameters(), *encoder.buffers()) if weight.ndim == 2}
+    assert (torch.float8_e4m3fn in kept) == (format == "fp8")
 
 
 def test_what_is_there_is_not_written_again(tmp_path):

@@ -93,9 +93,13 @@ def write_model(
         The manifest and the folder it is in.
 
     Raises:
+        RequestError: a number of layers that there is not.
         MachineError: the disk has not the room.
         CheckpointError: a file cannot be written.
     """
+    deepest = TRANSFORMERS[preset.size].num_layers
+    if layers is not None and not 1 <= layers <= deepest:
+        raise RequestError(f"layers must be from 1 to {deepest}, got {layers}")
     reduced = "" if layers is None else f"-{layers}-layers"
     config = replace(TRANSFORMERS[preset.size], in_dim=36 if preset.experts else 16)
     sizes = TEXT_ENCODERS[preset.text]

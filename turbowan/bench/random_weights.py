@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.comfy import write_transformer as write_comfy
 from ..checkpoints.files import State, stream_tensors
+from ..checkpoints.load import on_meta
 from ..checkpoints.official import write_transformer as write_official
 from ..checkpoints.quantize import quantize_transformer
 from ..checkpoints.scales import write_comfy_scales
@@ -46,7 +47,7 @@ def transformer_layout(config: TransformerConfig, format: str) -> State:
         format: of the blocks' linear layers: "bf16" and "int8_block" in TurboDiffusion's layout, "int8_row" in
             lightx2v's, "fp8" in ComfyUI's `fp8_scaled`.
     """
-    with torch.device("meta"):
+    with on_meta():
         net = WanTransformer(config)
     state = {key: _float32_norm(key, value) for key, value in net.state_dict().items()}
     if format == "bf16":
@@ -60,7 +61,7 @@ def transformer_layout(config: TransformerConfig, format: str) -> State:
 
 def text_layout(sizes: TextSizes, format: str) -> State:
     """As `transformer_layout`: "bf16" in Wan's layout, "fp8" in ComfyUI's."""
-    with torch.device("meta"):
+    with on_meta():
         encoder = TextEncoder(**vars(sizes))
     state = {key: value.bfloat16() for key, value in encoder.model.state_dict().items()}
     if format == "bf16":
@@ -70,7 +71,7 @@ def text_layout(sizes: TextSizes, format: str) -> State:
 
 def vae_layout(dim: int) -> State:
     """In Wan's layout, float32 as published."""
-    with torch.device("meta"):
+    with on_meta():
         return WanVAE(dim).state_dict()
 
 
@@ -93,14 +94,23 @@ def write_random(
     """
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator(device).manual_seed(seed)
-        for key, like in layout.items():
-            value = _draw(key, like, layout, generator) if like.is_meta else like
+        for key, value in _drawn(layout, device, seed):
             yield key, value
             report(key, value.nbytes)
 
     with torch.inference_mode():
         stream_tensors(path, layout, tensors())
+
+
+def draw_state(layout: Mapping[str, Tensor], device: torch.device | str, seed: int) -> State:
+    """What `write_random` writes, all of it on the device instead."""
+    return dict(_drawn(layout, device, seed))
+
+
+def _drawn(layout: Mapping[str, Tensor], device: torch.device | str, seed: int) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator(device).manual_seed(seed)
+    for key, like in layout.items():
+        yield key, _draw(key, like, layout, generator) if like.is_meta else like
 
 
 def _draw(key: str, like: Tensor, layout: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, RequestError
 from ..models.text_encoder import TextEncoder
@@ -93,7 +95,7 @@ def empty_transformer(state: State, name: str) -> tuple[WanTransformer, State]:
         CheckpointError: tensors are missing, left over or of another shape.
     """
     config = transformer_config(state, name)
-    with torch.device("meta"):
+    with on_meta():
         net = WanTransformer(config)
     state = fit_quantized(net, state)
     check_fit(net, state, name)
@@ -198,7 +200,7 @@ def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
             f"{name} has widths {dim} to {widest} and {channels} latent channels;"
             f" Wan 2.1 has {dim} to {MULTIPLIERS[-1] * dim} and {LATENT_CHANNELS}"
         )
-    with torch.device("meta"):
+    with on_meta():
         vae = WanVAE(dim)
     state = fit_quantized(vae, state)
     check_fit(vae, state, name)
@@ -230,7 +232,7 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
     block = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     heads = shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")[1]
-    with torch.device("meta"):
+    with on_meta():
         encoder = TextEncoder(
             vocabulary=vocabulary,
             width=width,
@@ -285,12 +287,27 @@ def empty_image_encoder(state: State, name: str) -> tuple[ImageEncoder, State]:
         patch_size=patch,
         hidden_act="gelu",
     )
-    with torch.device("meta"):
+    with on_meta():
         encoder = ImageEncoder(config)
     prefix = "" if any(k.startswith("vision_model.") for k in encoder.model.state_dict()) else "vision_model."
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     check_fit(encoder.model, state, name)
     return encoder, state
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made here have shapes and no values. Drawing first values, even none, would import all of torch.compile:
+    seconds of a program's start."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
