@@ -108,12 +108,11 @@ def text(
     weights: Annotated[str, typer.Option("--format", help="Of the weights: bf16 or fp8.")] = "bf16",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompt; 60 and 512 if not given.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,
-    graph: Annotated[bool, typer.Option("--graph", help="Time the call as a CUDA graph too.")] = False,
 ) -> None:
     """The text encoder on a GPU, umT5-xxl with random weights: median, rate, work of the host."""
     from ..bench.text import run_text
 
-    for record in run_text(weights, tokens or (60, 512), repeats, graph):
+    for record in run_text(weights, tokens or (60, 512), repeats):
         print(json.dumps(record), flush=True)
 
 
