@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .checkpoints.assign import Report
+from .checkpoints.files import file_identity
 from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
@@ -20,7 +23,7 @@ from .media.image import to_tensor
 from .media.preview import fit_colours, to_colours
 from .media.transfer import to_host
 from .memory.residency import Residency
-from .models.pack import file_format, prepare
+from .models.pack import file_format, prepare_block
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
@@ -142,32 +145,47 @@ class Run:
     def _part(self, role: str, load: Callable[..., Any]) -> Any:
         def timed() -> Any:
             with self.clock.stage("load"):
-                return load(self.manifest.files[role], self.device, self.how.dtype)
+                return load(self.manifest.files[role], self.device, self.how.dtype, report=self._loading)
 
         return self.parts.get(role, self.how.variant(role), timed)
 
+    def _loading(self, done: int, total: int) -> None:
+        self.report(Progress("load", done, total, "bytes"))
+
     def _expert_net(self, role: str) -> WanTransformer:
-        def load(path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-            net = load_transformer(path, device, dtype)
-            prepare(net, self.how.linears[role].format)
-            return net
+        def load(path: Path, device: torch.device, dtype: torch.dtype, report: Report) -> WanTransformer:
+            ready = partial(prepare_block, linears=self.how.linears[role].format, dtype=dtype)
+            return load_transformer(path, device, dtype, report=report, each_block=ready)
 
         return self._part(role, load)  # type: ignore[no-any-return]
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
+        """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often.
+
+        Each prompt is read alone, in its own length, so that what it gives depends on nothing else; prompts read
+        before, by the same file and in the same dtype, do not need the encoder.
+        """
         guided = self.settings.guidance_scale != 1
         distinct = list(dict.fromkeys([*prompts, *([self.settings.negative_prompt] if guided else [])]))
         self.report(Progress("text", 0, 1))
-        encoder = self._part("text_encoder", load_text_encoder)
-        with self.clock.stage("text"):
-            ids, mask = self.tokenizer(distinct)
-            rows = min(TEXT_LENGTH, int(mask.sum(dim=1).max()) + 1)  # the row after the prompt stands for the rest
-            text = encoder(ids[:, :rows].to(self.device), mask[:, :rows].to(self.device))
-        self.parts.done("text_encoder")
+        source = file_identity(self.manifest.files["text_encoder"]), self.how.dtype
+        known = {prompt: self.parts.texts.get((prompt, *source)) for prompt in distinct}
+        unknown = [prompt for prompt, text in known.items() if text is None]
+        texts = {prompt: text.to(self.device) for prompt, text in known.items() if text is not None}
+        if unknown:
+            encoder = self._part("text_encoder", load_text_encoder)
+            with self.clock.stage("text"):
+                ids, mask = self.tokenizer(unknown)
+                for prompt, row, length in zip(unknown, ids, mask.sum(dim=1).tolist(), strict=True):
+                    texts[prompt] = encoder(row[None, :length].to(self.device))[0]
+                for prompt in unknown:
+                    self.parts.texts.put((prompt, *source), texts[prompt])
+            self.parts.done("text_encoder")
         self.report(Progress("text", 1, 1))
-        wanted = text[[distinct.index(prompt) for prompt in prompts]]
-        return wanted, text[-1:].expand(len(prompts), -1, -1) if guided else None
+        rows = min(TEXT_LENGTH, 1 + max(map(len, texts.values())))  # the row after a prompt stands for the rest
+        whole = {prompt: nn.functional.pad(text, (0, 0, 0, rows - len(text))) for prompt, text in texts.items()}
+        wanted = torch.stack([whole[prompt] for prompt in prompts])
+        return wanted, whole[self.settings.negative_prompt].expand_as(wanted) if guided else None
 
     def condition(self, texts: tuple[Tensor, Tensor | None], image: Image | None) -> Condition:
         """Everything the transformer is told, for all samples."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embeddings import Embeddings
+
 
 class Residency:
     """Parts by key, each loaded at most once until released.
@@ -19,6 +21,7 @@ class Residency:
 
     def __init__(self, keep: bool = True) -> None:
         self.keep = keep
+        self.texts = Embeddings()
         self._parts: dict[str, tuple[Hashable, Any]] = {}
 
     def get(self, role: str, variant: Hashable, load: Callable[[], Any]) -> Any:
