@@ -25,7 +25,7 @@ def pipeline(
     weights: Annotated[
         str | None, typer.Option("--format", help="Of the transformers' files: bf16, int8_block, int8_row or fp8.")
     ] = None,
-    text_encoder: Annotated[str, typer.Option(help="Its file: bf16 (11.4 GB at true size) or fp8 (5.8).")] = "bf16",
+    text_encoder: Annotated[str, typer.Option(help="Its file: bf16 (11.4 GB at true size) or fp8 (6.7).")] = "bf16",
     layers: Annotated[int | None, typer.Option(help="Fewer than the true number, for a trial.")] = None,
     requests: Annotated[int, typer.Option(min=0, help="Warm runs after the first of a process.")] = 3,
     first_ever: Annotated[
