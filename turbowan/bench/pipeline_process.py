@@ -46,12 +46,14 @@ def _generate(spec: dict[str, Any]) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] / total), device)
     engine = Engine.load(spec["model"], device=device)
     image = None if spec["image"] is None else made_picture(*spec["image"])
-    request = GenerateRequest(**spec["request"], image=image)
+    words = spec["request"]["prompt"].split()
     _say(done="engine")
-    for _ in range(spec["runs"]):
+    for i in range(spec["runs"]):
+        # a prompt that was read before would not be read again
+        own = " ".join(words[i % len(words) :] + words[: i % len(words)])
+        request = GenerateRequest(**{**spec["request"], "prompt": own}, image=image)
         started = time.perf_counter()
-        result = engine.generate(request)
-        size = _write(result, Path(spec["target"]))
+        result, size = _make(engine, request, Path(spec["target"]))
         facts = {
             "seconds": time.perf_counter() - started,
             "shape": list(result.frames.shape[:3]),
@@ -66,15 +68,17 @@ def _generate(spec: dict[str, Any]) -> None:
         _say(done="run", **facts, gpu=watch.peak(), gpu_source=watch.source, host=host_memory())
 
 
-def _write(result: Any, target: Path) -> int | None:
-    """Bytes of the file; None without PyAV, which writes it."""
+def _make(engine: Any, request: Any, target: Path) -> tuple[Any, int | None]:
+    """The result, and bytes of its file, written while it is decoded; None without PyAV, which writes it."""
     try:
-        paths = result.save(target)
+        from ..media.saving import VideoFiles
     except ModuleNotFoundError as error:
         if error.name != "av":
             raise
-        return None
-    return sum(path.stat().st_size for path in paths)
+        return engine.generate(request), None
+    with VideoFiles(target) as files:
+        result = engine.generate(request, sink=files)
+        return result, sum(path.stat().st_size for path in files.close(result))
 
 
 def made_picture(width: int, height: int) -> Any:
