@@ -129,6 +129,22 @@ def test_an_error_before_the_end_leaves_no_file_at_all(tmp_path, suffix, clip, f
     assert files_in(tmp_path) == []
 
 
+def test_one_that_cannot_be_encoded_takes_the_others_with_it(tmp_path, clip, files_in):
+    videos = [clip(5), clip(5, 63, 95)]  # odd sizes do not go into mp4
+    result = Result(videos)
+
+    def write() -> None:
+        with VideoFiles(tmp_path / "v.mp4") as files:
+            files.begin(2, 5, 16, {})
+            for i, video in enumerate(videos):
+                files.add(i, video)
+            files.close(result)
+
+    with pytest.raises(MediaError, match="95x63"):
+        write()
+    assert files_in(tmp_path) == []
+
+
 def test_what_is_in_the_way_is_found_before_the_work(tmp_path, clip):
     (tmp_path / "v-1.mp4").mkdir()
     with pytest.raises(MediaError, match=r"v-1\.mp4 is a folder"), VideoFiles(tmp_path / "v.mp4") as files:

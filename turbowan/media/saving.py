@@ -30,7 +30,7 @@ class Result(Protocol):
 class VideoFiles:
     """The files of one generation, written while it decodes: what `Engine.generate` takes as its `sink`.
 
-        with VideoFiles(Path("cat.mp4")) as files:
+        with VideoFiles("cat.mp4") as files:
             result = engine.generate(request, sink=files)
             paths = files.close(result)
 
@@ -40,9 +40,9 @@ class VideoFiles:
         MediaError: a file cannot be written; known at once where the name tells, else from any method.
     """
 
-    def __init__(self, path: Path) -> None:
-        check_target(path)
-        self._path = path
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        check_target(self._path)
         self._writers: list[VideoWriter] = []
 
     def __enter__(self) -> VideoFiles:
@@ -64,6 +64,8 @@ class VideoFiles:
     def close(self, result: Result) -> list[Path]:
         """Wait until all are written, and note the seconds in `result.stages`. Returns the paths."""
         with _write_stage(result):
+            for writer in self._writers:
+                writer.wait()  # any of them may fail: then none gets its name
             return [writer.close() for writer in self._writers]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from ..errors import MediaError
-from .formats import CRF, write_container, write_gif, write_jpeg, write_png
+from .formats import write_container, write_gif, write_jpeg, write_png
 
 FORMATS = (".mp4", ".webm", ".gif", ".png")
 
@@ -60,7 +60,8 @@ class VideoWriter:
         num_frames: how many there will be.
         fps: frames per second.
         metadata: kept in the container's comment (mp4, webm, gif) or in each picture's text (png).
-        crf: quality of mp4 and webm, lower is better; 18 and 31 by default.
+        crf: quality of mp4 and webm, lower is better, at the codec's default speed; without it, one that keeps up with
+            a GPU's decoder for mp4, and 31 for webm.
         kind: the suffix of the format to write, whatever `path` ends in; also ".jpg", for a single frame.
         loop: whether a gif plays again and again. optimize: take longer for a smaller gif.
 
@@ -82,8 +83,7 @@ class VideoWriter:
         check_target(path, kind is not None, num_frames)
         self._suffix = kind or path.suffix.lower()
         self._num_frames, self._fps, self._metadata = num_frames, fps, metadata or {}
-        self._crf = CRF.get(self._suffix, 0) if crf is None else crf
-        self._loop, self._optimize = loop, optimize
+        self._crf, self._loop, self._optimize = crf, loop, optimize
         self._path = path
         self._target = path.with_suffix("") if self._suffix == ".png" and num_frames > 1 else path
         self._partial = path.with_name(f".{path.stem}.{os.getpid()}.part{self._suffix}")
@@ -113,24 +113,27 @@ class VideoWriter:
         if self._thread.ident is None:
             self._thread.start()
 
+    def wait(self) -> None:
+        """Until all frames are encoded; the file keeps its hidden name."""
+        if self._missing:
+            raise ValueError(f"{self._missing} of {self._num_frames} frames are missing")
+        self._thread.join()
+        self._raise_error()
+
     def close(self) -> Path:
-        """Wait for the end, and give the file its name. Returns what was written: `path`, or the folder of pictures."""
-        if self._closed:
-            return self._target
-        try:
-            if self._missing:
-                raise ValueError(f"{self._missing} of {self._num_frames} frames are missing")
-            self._thread.join()
-            self._raise_error()
+        """`wait`, and give the file its name. Returns what was written: `path`, or the folder of pictures."""
+        if not self._closed:
             try:
-                _replace(self._partial, self._target)
-            except OSError as error:
-                self._error = error
-                self._raise_error()
-        except BaseException:
-            self.stop()
-            raise
-        self._closed = True
+                self.wait()
+                try:
+                    _replace(self._partial, self._target)
+                except OSError as error:
+                    self._error = error
+                    self._raise_error()
+            except BaseException:
+                self.stop()
+                raise
+            self._closed = True
         return self._target
 
     def stop(self) -> None:
