@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
+from .memory.plan import Plan
 from .memory.residency import Residency
-from .models.pack import file_format, prepare
+from .models.pack import file_format, join_qkv, prepare, round_block
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
@@ -30,6 +30,10 @@ from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
 LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}  # by the request's precision
+LOADERS = {
+    "text_encoder": load_text_encoder, "image_encoder": load_image_encoder, "vae": load_vae,
+    **dict.fromkeys(TRANSFORMERS, load_transformer),
+}  # fmt: skip
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
 
@@ -108,7 +112,7 @@ class Run:
     """One generation: the stages in order, sharing settings, parts and a clock.
 
     Args:
-        manifest: the model. image_dim: width of its CLIP tokens, None where it takes none.
+        manifest: the model. image_dim: width of its CLIP tokens, None where it takes none. plan: that `parts` follows.
 
     Raises:
         RequestError, MachineError: a time grid or a source of noise that cannot be had, before any work is done.
@@ -123,7 +127,9 @@ class Run:
         settings: Settings,
         how: Execution,
         report: ProgressCallback,
+        plan: Plan | None = None,
     ) -> None:
+        self.plan = plan
         self.manifest, self.image_dim, self.tokenizer, self.parts = manifest, image_dim, tokenizer, parts
         self.settings, self.how, self.device, self.report = settings, how, how.device, report
         self.clock = Clock(how.device)
@@ -136,27 +142,53 @@ class Run:
         if settings.noise_device == "cuda" and not torch.cuda.is_available():
             raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
 
-    def _part(self, role: str, load: Callable[..., Any]) -> Any:
-        def timed() -> Any:
-            with self.clock.stage("load"):
-                return load(self.manifest.files[role], self.device, self.how.dtype)
+    def _part(self, role: str) -> Any:
+        wanted = self._wanted(role)
+        if self.parts.has(role, wanted[0]):
+            return self.parts.get(role, *wanted)
+        with self.clock.stage("load"):
+            return self.parts.get(role, *wanted)
 
-        return self.parts.get(role, self.how.variant(role), timed)
+    def _wanted(self, role: str) -> tuple[Hashable, Callable[[], Any], Callable[[Any], Any]]:
+        """A part's variant, how to load it, and what its blocks then need where they are lent from the host."""
+        hosted, place = self.parts.is_hosted(role), self.parts.place(role)
+        format = self.how.linears[role].format if role in self.how.linears else None
 
-    def _expert_net(self, role: str) -> WanTransformer:
-        def load(path: Path, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-            net = load_transformer(path, device, dtype)
-            prepare(net, self.how.linears[role].format)
-            return net
+        def load() -> Any:
+            part = LOADERS[role](self.manifest.files[role], self.parts.loads_to(role), self.how.dtype)
+            if format is not None and not hosted:
+                prepare(part, format)
+            return part
 
-        return self._part(role, load)  # type: ignore[no-any-return]
+        def ready(part: Any) -> Callable[[nn.Module], None] | None:
+            if format is None:
+                return None
+            target, rounds = format, format != file_format(part)
+            joins = self.device.type == "cuda" and place.home == "host"  # a part on disk stays in its mapped file
+
+            def change(block: nn.Module) -> None:
+                if rounds:
+                    round_block(block, target, self.how.dtype)
+                if joins:
+                    join_qkv(block)
+
+            return change if rounds or joins else None
+
+        return self.how.variant(role), load, ready
+
+    def begin_loading(self) -> None:
+        """The transformers, in the background, in the order they are wanted; where the plan has room for that."""
+        if self.plan is not None and self.plan.early:
+            for role in (role for role in TRANSFORMERS if role in self.manifest.files):
+                if self.parts.place(role).home != "disk":
+                    self.parts.start(role, *self._wanted(role))
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
         guided = self.settings.guidance_scale != 1
         distinct = list(dict.fromkeys([*prompts, *([self.settings.negative_prompt] if guided else [])]))
         self.report(Progress("text", 0, 1))
-        encoder = self._part("text_encoder", load_text_encoder)
+        encoder = self._part("text_encoder")
         with self.clock.stage("text"):
             ids, mask = self.tokenizer(distinct)
             rows = min(TEXT_LENGTH, int(mask.sum(dim=1).max()) + 1)  # the row after the prompt stands for the rest
@@ -174,15 +206,17 @@ class Run:
         self.report(Progress("condition", 0, 1))
         tokens = None
         if self.image_dim is not None:
-            image_encoder = self._part("image_encoder", load_image_encoder)
+            image_encoder = self._part("image_encoder")
             with self.clock.stage("condition"):
                 whole = to_tensor(image, image.height, image.width)
                 tokens = image_encoder(whole.to(self.device)).expand(n, -1, -1)
             self.parts.done("image_encoder")
-        vae = self._part("vae", load_vae)
+        vae = self._part("vae")
         with self.clock.stage("condition"):
             first = to_tensor(image, settings.height, settings.width).to(self.device)
-            known = image_condition(vae.encode_first_frame(first, settings.num_frames)).expand(n, -1, -1, -1, -1)
+            budget = None if self.plan is None else self.plan.encode_budget
+            encoded = vae.encode_first_frame(first, settings.num_frames, budget)
+            known = image_condition(encoded).expand(n, -1, -1, -1, -1)
         self.parts.done("vae")
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
@@ -243,7 +277,8 @@ class Run:
         """What this expert makes of the prompts and, with guidance, of the negative ones: once for all its steps."""
         if self._told is None or self._told[0] is not net:
             texts = [text for text in (condition.text, condition.empty_text) if text is not None]
-            self._told = net, [net.tell(text, condition.image_tokens, TEXT_LENGTH) for text in texts]
+            at_once = not self.parts.is_hosted(_ROLE_OF[self._expert])
+            self._told = net, [net.tell(text, condition.image_tokens, TEXT_LENGTH, at_once) for text in texts]
         return self._told[1]
 
     def _transformer(self, t: float) -> WanTransformer:
@@ -252,16 +287,16 @@ class Run:
             self._told = None  # or it would keep the other expert in memory
             with self.clock.stage("switch"):
                 self.parts.done("high_noise")
-                net = self._expert_net("low_noise")
+                net = self._part("low_noise")
         else:
-            net = self._expert_net(_ROLE_OF[name])
+            net = self._part(_ROLE_OF[name])
         self._expert = name
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
 
     def decode(self, latent: Tensor) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] per sample."""
-        vae = self._part("vae", load_vae)
+        vae = self._part("vae")
         videos = []
         done, total = 0, self.settings.num_samples * latent.shape[2]
         self.report(Progress("decode", 0, total))
@@ -269,7 +304,7 @@ class Run:
         with self.clock.stage("decode"):
             for samples in latent.split(together):
                 chunks = []
-                for chunk in vae.decode_stream(samples):
+                for chunk in vae.decode_stream(samples, None if self.plan is None else self.plan.decode_budget):
                     chunks.append(to_uint8(chunk).cpu())
                     done += len(samples)
                     self.report(Progress("decode", done, total))

@@ -208,7 +208,7 @@ def load_text_encoder(
     """
     encoder, state = empty_text_encoder(read(path, "text_encoder")[0], str(path))
     assign(encoder.model, state, device, dtype)
-    encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
+    _tie(encoder)
     return encoder.eval()
 
 
@@ -292,7 +292,7 @@ EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
 
 
 def outline(state: State, role: str, name: str) -> Any:
-    """The module a state makes, on the meta device: all its sizes, none of its values.
+    """The module a state makes, on the meta device: all its sizes and the file's dtypes, none of its values.
 
     Args:
         state: under our names. role: a key of `EMPTY`. name: how to call the file in an error.
@@ -300,7 +300,16 @@ def outline(state: State, role: str, name: str) -> Any:
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
     """
-    return EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)[0]
+    part, state = EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)
+    getattr(part, "model", part).load_state_dict(state, assign=True)
+    if role == "text_encoder":
+        _tie(part)
+    return part
+
+
+def _tie(encoder: TextEncoder) -> None:
+    """One weight under both names of umT5's embedding."""
+    encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
 
 
 def embedded_tokenizer(path: Path | str) -> bytes | None:

@@ -40,7 +40,7 @@ def file_format(net: nn.Module) -> str:
     formats = {
         "fp8_scaled" if isinstance(layer, Fp8Linear) else format_of(layer)
         for name, layer in net.blocks.named_modules()  # type: ignore[union-attr, operator]
-        if is_linear(layer) and name.rpartition(".")[2] not in _WHOLE
+        if is_rounded(layer, name)
     }
     return formats.pop() if len(formats) == 1 else "mixed"
 
@@ -52,12 +52,18 @@ def round_linears(net: WanTransformer, format: str) -> None:
         format: "int8_row", "fp8_row" or "int8_block", or "bf16": full precision, in the dtype of the rest. Layers that
             are in it already stay as they are.
     """
-    for module in list(net.blocks.modules()):
+    for block in net.blocks:
+        round_block(block, format, net.patch_embedding.weight.dtype)
+
+
+def round_block(block: nn.Module, format: str, dtype: torch.dtype) -> None:
+    """`round_linears` of one block. dtype: of the rest."""
+    for module in list(block.modules()):
         for name, layer in list(module.named_children()):
-            if name in _WHOLE or not is_linear(layer):
+            if not is_rounded(layer, name):
                 continue
             if format == "bf16":
-                setattr(module, name, _whole_linear(layer, net.patch_embedding.weight.dtype))
+                setattr(module, name, _whole_linear(layer, dtype))
             elif not isinstance(layer, _FORMATS[format][0]):
                 setattr(module, name, _rounded_linear(layer, format))
 
@@ -85,6 +91,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, Fp8Linear))
 
 
+def is_rounded(module: nn.Module, name: str = "") -> bool:
+    """Whether a block's module of this name is a linear layer that may run in 8 bits."""
+    return is_linear(module) and name.rpartition(".")[2] not in _WHOLE
+
+
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """Outputs and inputs of a linear layer of any kind."""
+    return next(w for w in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if w.ndim == 2).shape
+
+
 def full_weight(layer: nn.Module) -> Tensor:
     """The weight [N, K] of a linear layer of any kind in floating point."""
     if isinstance(layer, Int8BlockLinear):
@@ -96,8 +112,12 @@ def full_weight(layer: nn.Module) -> Tensor:
     return layer.weight.detach()  # type: ignore[operator, return-value]
 
 
-def join_qkv(net: WanTransformer) -> None:
-    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only."""
+def join_qkv(net: nn.Module) -> None:
+    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only.
+
+    Args:
+        net: a transformer, or a block of one.
+    """
     for attention in [module for module in net.modules() if isinstance(module, SelfAttention)]:
         if attention.qkv is None and _joinable([attention.q, attention.k, attention.v]):
             attention.qkv = _joined([attention.q, attention.k, attention.v])

@@ -48,6 +48,11 @@ class TextEncoder(nn.Module):
     def width(self) -> int:
         return self.model.config.d_model
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """In the order they run."""
+        return self.model.encoder.block  # type: ignore[no-any-return]
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids to embeddings.
 
