@@ -125,10 +125,24 @@ def _rising(coder: Coder, work: Work, grid: vae_tiles.Grid) -> int:
     number = vae_tiles.FULL * coder.base * work.itemsize
     units = vae_tiles.DECODER_UNITS if work.kernels else PLAIN_UNITS
     per_position = (vae_tiles.DECODER_PAST + TEMPORAL_FACTOR * units * grid.latents) * number
-    area = max((y.stop - y.start) * (x.stop - x.start) for y, x in grid.tiles(height, width, vae_tiles.DECODER_HALO))
+    area = _largest(grid, height, width, vae_tiles.DECODER_HALO)
     video = 0 if grid.whole else 4 * 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR * frames
-    piece = 4 * 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR * (grid.latents + 3)  # results and their bytes
-    return int(per_position * area) + video + piece
+    return int(per_position * area) + video + piece_bytes(work, grid)
+
+
+def piece_bytes(work: Work, grid: vae_tiles.Grid) -> int:
+    """Frames of a chunk in float32, and four of them on their way to bytes."""
+    _, height, width = work.latent
+    return 4 * 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR * (grid.latents + 3)
+
+
+def _largest(grid: vae_tiles.Grid, height: int, width: int, halo: int) -> int:
+    """Positions of the largest tile."""
+    rows, columns = (
+        max(span.stop - span.start for span in vae_tiles.spans(length, count, halo))
+        for length, count in ((height, grid.rows), (width, grid.columns))
+    )
+    return rows * columns
 
 
 def _deep(coder: Coder, work: Work) -> int:
@@ -167,8 +181,7 @@ def encode_bytes(coder: Coder, work: Work, budget: int | None = None) -> int:
     area = height * width
     if budget is not None and work.kernels:
         grid = vae_tiles.choose(budget, height, width, vae_tiles.ENCODER_HALO, 1, per_position, 0)
-        spans = grid.tiles(height, width, vae_tiles.ENCODER_HALO)
-        area = max((y.stop - y.start) * (x.stop - x.start) for y, x in spans)
+        area = _largest(grid, height, width, vae_tiles.ENCODER_HALO)
     return encode_fixed(coder, work) + int(per_position * area)
 
 

@@ -19,6 +19,7 @@ from .activations import (
     denoise_bytes,
     encode_bytes,
     encode_fixed,
+    piece_bytes,
     text_bytes,
 )
 from .room import PINNED_SHARE, Room
@@ -267,16 +268,12 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
     early = not least and any(homes[role] != "disk" for role in model.nets) and text + rounding <= usable
     beside = stays + comes("vae")  # what there is besides the VAE's own work
     fastest, whole = decode_grids(model.coder, work)
-    fixed = decode_fixed(model.coder, work)
     grid, decode_budget, encode_budget = whole if least else fastest, None, None
     if work.kernels:
         spare = usable - beside
         encode_budget = max(0, spare - encode_fixed(model.coder, work))
-        decode_budget = max(0, spare - fixed)
-        if least:
-            extra = decode_bytes(model.coder, work, whole)
-            decode_budget = min(decode_budget, extra)
-        grid = decode_grid(model.coder, work, decode_budget)
+        most = min(spare, decode_bytes(model.coder, work, whole)) if least else spare
+        decode_budget, grid = _decoding(model.coder, work, most)
     condition = 0
     if work.encodes_image:
         condition = beside + encode_bytes(model.coder, work, encode_budget)
@@ -290,6 +287,16 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "decode": beside + decode_bytes(model.coder, work, grid),
     }
     return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early)
+
+
+def _decoding(coder: Coder, work: Work, spare: int) -> tuple[int, Grid]:
+    """Bytes for the VAE's later layers, of what decoding may take in all, and the tiles that come of it."""
+    for grid in decode_grids(coder, work):
+        budget = max(0, spare - decode_fixed(coder, work) - piece_bytes(work, grid))
+        chosen = decode_grid(coder, work, budget)
+        if chosen.whole:
+            break
+    return budget, chosen
 
 
 def _most_blocks(size: PartSize, spare: int) -> int:
