@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
+from ..errors import MachineError
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import TransformerConfig, WanTransformer
 from ..models.vae import WanVAE
 from .activations import Work
-from .plan import Model
+from .plan import Model, make_plan
+from .room import Room
 from .sizes import PartSize, part_size
 
+VIDEOS = (832, 480), (1280, 720)
 UMT5_XXL = {"vocabulary": 256384, "width": 4096, "layers": 24, "heads": 64, "head_width": 64, "hidden": 10240}
 _SMALL = TransformerConfig(dim=1536, ffn_dim=8960, num_layers=30, text_dim=4096, has_sla=True)
 _LARGE = TransformerConfig(dim=5120, ffn_dim=13824, num_layers=40, text_dim=4096, has_sla=True)
@@ -47,3 +51,18 @@ def common_model(name: str, width: int = 832, height: int = 480, frames: int = 8
     model = Model(name, {**nets, "text_encoder": text, "vae": vae}, config, UMT5_XXL["width"])
     from_image = config.in_dim > config.out_dim
     return model, Work(width, height, frames, eight_bit=format != "bf16", encodes_image=from_image)
+
+
+def plan_common(room: Room) -> list[dict[str, Any]]:
+    """For each of COMMON and each of VIDEOS: model, size, peak (bytes; None where it does not fit) and how, or why not."""
+    found = []
+    for name in COMMON:
+        for width, height in VIDEOS:
+            model, work = common_model(name, width, height)
+            entry: dict[str, Any] = {"model": name, "size": f"{width}x{height}"}
+            try:
+                plan = make_plan(model, work, room)
+                found.append({**entry, "peak": plan.peak, "summary": plan.summary})
+            except MachineError as error:
+                found.append({**entry, "peak": None, "summary": str(error).partition(": ")[2]})
+    return found
