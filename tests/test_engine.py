@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,52 @@ def test_a_second_request_finds_the_same_room(tiny, monkeypatch):
     first, second = (room.gpu for _, _, room, _ in plans)
     assert second == pytest.approx(first, rel=0.1)
     assert tiny.parts.nbytes > 0
+
+
+@pytest.mark.parametrize("memory", ["auto", "minimal"])
+def test_a_prompt_read_before_needs_no_encoder(memory, small_t2v, tmp_path, monkeypatch):
+    """Guided, so that there is a negative prompt, too; the same frames, and another file's identity counts."""
+    loads = []
+
+    def counted(path, *args, **keywords):
+        loads.append(path)
+        return load_text_encoder(path, *args, **keywords)
+
+    monkeypatch.setattr("turbowan.stages.load_text_encoder", counted)
+    encoder = tmp_path / "umt5.safetensors"
+    encoder.write_bytes(PARTS["text_encoder"].read_bytes())
+    engine = Engine.load(small_t2v, text_encoder=encoder, tokenizer=PARTS["tokenizer"], device="cpu")
+    request = GenerateRequest(prompt="a red circle on a blue background", memory=memory)
+    first, second = engine.generate(request), engine.generate(request)
+    assert len(loads) == 1
+    assert first.stages["text"] > 0 == second.stages["text"]
+    assert np.array_equal(first.frames, second.frames)
+    engine.parts.clear()
+    engine.generate(GenerateRequest(prompt="a green square", memory=memory))
+    assert len(loads) == 2
+    encoder.write_bytes(PARTS["text_encoder"].read_bytes())
+    engine.parts.clear()
+    engine.generate(request)
+    assert len(loads) == 3
+
+
+def test_what_a_prompt_gives_depends_on_nothing_else(small_t2v, monkeypatch):
+    """In a batch with longer ones, also as the negative prompt: its own embedding to the bit, then zeros."""
+    told = []
+    condition = Run.condition
+    monkeypatch.setattr(Run, "condition", lambda run, texts, image: told.append(texts) or condition(run, texts, image))
+    request = GenerateRequest(prompt="-", negative_prompt="a red ring", guidance_scale=3.0)
+    prompts = ["a red ring", "a large blue square on a white background"]
+    Engine.load(small_t2v, device="cpu").generate_batch(prompts, request)
+    for prompt in prompts:
+        Engine.load(small_t2v, device="cpu").generate_batch([prompt], replace(request, negative_prompt=prompt))
+    (wanted, unwanted), *alone = told
+    for i, (text, _) in enumerate(alone):
+        own = text.shape[1]
+        assert torch.equal(wanted[i, :own], text[0])
+        assert not wanted[i, own - 1 :].any()
+    assert all(torch.equal(row, wanted[0]) for row in unwanted)
+    assert wanted.shape[1] == alone[1][0].shape[1]
 
 
 @pytest.mark.parametrize("device", ["mps", "foo", "cuda:x"])

@@ -69,3 +69,16 @@ print(json.dumps([same, frames.shape, type(engine).__module__, clone.ops is not 
 def test_no_name_twice_or_missing():
     for name in turbowan.__all__:
         assert getattr(turbowan, name) is not None
+
+
+def test_a_model_is_ready_without_what_only_takes_time():
+    """Neither transformers nor torch.compile is imported for a generation: seconds of a program's start."""
+    lines = (
+        "import sys",
+        "from turbowan import Engine, GenerateRequest",
+        "size = {'width': 64, 'height': 48, 'num_frames': 1, 'num_steps': 1}",
+        "Engine.load('tiny', device='cpu').generate(GenerateRequest(prompt='a red ring', **size))",
+        "print([name for name in ('transformers', 'torch._dynamo') if name in sys.modules])",
+    )
+    out = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -70,3 +70,17 @@ def test_progress_is_one_line_a_stage_on_a_terminal_only(monkeypatch, stream: io
         return
     assert shown.count("\n") == 2
     assert [part.split("\r")[-1].split()[:2] for part in shown.split("\n")[:2]] == [["text", "1/1"], ["denoise", "4/4"]]
+
+
+def test_bytes_are_shown_with_their_rate(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    now = 10.0
+    monkeypatch.setattr("turbowan.terminal.time.perf_counter", lambda: now)
+    line = ProgressLine()
+    line(Progress("load", 0, 14_300_000_000, "bytes"))
+    now += 2.95
+    line(Progress("load", 6_200_000_000, 14_300_000_000, "bytes"))
+    assert "load      6.2/14.3 GB  2.1 GB/s" in stream.getvalue()
+    line(Progress("load", 1_000_000, 2_500_000, "bytes"))
+    assert "1.0/2.5 MB" in stream.getvalue()

@@ -14,11 +14,15 @@ STAGES = ("text", "condition", "load", "denoise", "switch", "decode", "write", "
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a generation is: `done` of `total` within a stage ("text", "condition", "denoise", "decode")."""
+    """Where a generation is: `done` of `total` within a stage ("text", "condition", "load", "denoise", "decode").
+
+    unit: what is counted, where it is not pieces of the stage's own work: "bytes".
+    """
 
     stage: str
     done: int
     total: int
+    unit: str = ""
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .checkpoints.assign import Report
+from .checkpoints.files import file_identity
 from .checkpoints.load import load_image_encoder, load_text_encoder, load_transformer, load_vae
 from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
@@ -18,11 +21,12 @@ from .errors import MachineError
 from .media.image import to_tensor
 from .memory.plan import Plan
 from .memory.residency import Residency
-from .models.pack import file_format, join_qkv, prepare, round_block
+from .models.pack import file_format, prepare_block
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
 from .ops import FormatChoice, choose_format, compute_dtype
+from .ops.rows import FORMATS
 from .request import GenerateRequest
 from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
@@ -143,36 +147,32 @@ class Run:
             raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
 
     def _part(self, role: str) -> Any:
-        wanted = self._wanted(role)
+        wanted = self._wanted(role, self._loading)
         if self.parts.has(role, wanted[0]):
             return self.parts.get(role, *wanted)
         with self.clock.stage("load"):
             return self.parts.get(role, *wanted)
 
-    def _wanted(self, role: str) -> tuple[Hashable, Callable[[], Any], Callable[[Any], Any]]:
+    def _loading(self, done: int, total: int) -> None:
+        self.report(Progress("load", done, total, "bytes"))
+
+    def _wanted(
+        self, role: str, report: Report | None = None
+    ) -> tuple[Hashable, Callable[[], Any], Callable[[Any], Any]]:
         """A part's variant, how to load it, and what its blocks then need where they are lent from the host."""
         hosted, place = self.parts.is_hosted(role), self.parts.place(role)
         format = self.how.linears[role].format if role in self.how.linears else None
+        prepared = None if format is None else partial(prepare_block, linears=format, dtype=self.how.dtype)
 
         def load() -> Any:
-            part = LOADERS[role](self.manifest.files[role], self.parts.loads_to(role), self.how.dtype)
-            if format is not None and not hosted:
-                prepare(part, format)
-            return part
+            ready: dict[str, Any] = {} if prepared is None or hosted else {"each_block": prepared}
+            path, device = self.manifest.files[role], self.parts.loads_to(role)
+            return LOADERS[role](path, device, self.how.dtype, report=report, **ready)
 
         def ready(part: Any) -> Callable[[nn.Module], None] | None:
-            if format is None:
-                return None
-            target, rounds = format, format != file_format(part)
+            changes = format in FORMATS and format != file_format(part)
             joins = self.device.type == "cuda" and place.home == "host"  # a part on disk stays in its mapped file
-
-            def change(block: nn.Module) -> None:
-                if rounds:
-                    round_block(block, target, self.how.dtype)
-                if joins:
-                    join_qkv(block)
-
-            return change if rounds or joins else None
+            return prepared if changes or joins else None
 
         return self.how.variant(role), load, ready
 
@@ -184,19 +184,32 @@ class Run:
                     self.parts.start(role, *self._wanted(role))
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often."""
+        """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often.
+
+        Each prompt is read alone, in its own length, so that what it gives depends on nothing else; prompts read
+        before, by the same file and in the same dtype, do not need the encoder.
+        """
         guided = self.settings.guidance_scale != 1
         distinct = list(dict.fromkeys([*prompts, *([self.settings.negative_prompt] if guided else [])]))
         self.report(Progress("text", 0, 1))
-        encoder = self._part("text_encoder")
-        with self.clock.stage("text"):
-            ids, mask = self.tokenizer(distinct)
-            rows = min(TEXT_LENGTH, int(mask.sum(dim=1).max()) + 1)  # the row after the prompt stands for the rest
-            text = encoder(ids[:, :rows].to(self.device), mask[:, :rows].to(self.device))
-        self.parts.done("text_encoder")
+        source = file_identity(self.manifest.files["text_encoder"]), self.how.dtype
+        known = {prompt: self.parts.texts.get((prompt, *source)) for prompt in distinct}
+        unknown = [prompt for prompt, text in known.items() if text is None]
+        texts = {prompt: text.to(self.device) for prompt, text in known.items() if text is not None}
+        if unknown:
+            encoder = self._part("text_encoder")
+            with self.clock.stage("text"):
+                ids, mask = self.tokenizer(unknown)
+                for prompt, row, length in zip(unknown, ids, mask.sum(dim=1).tolist(), strict=True):
+                    texts[prompt] = encoder(row[None, :length].to(self.device))[0]
+                for prompt in unknown:
+                    self.parts.texts.put((prompt, *source), texts[prompt])
+            self.parts.done("text_encoder")
         self.report(Progress("text", 1, 1))
-        wanted = text[[distinct.index(prompt) for prompt in prompts]]
-        return wanted, text[-1:].expand(len(prompts), -1, -1) if guided else None
+        rows = min(TEXT_LENGTH, 1 + max(map(len, texts.values())))  # the row after a prompt stands for the rest
+        whole = {prompt: nn.functional.pad(text, (0, 0, 0, rows - len(text))) for prompt, text in texts.items()}
+        wanted = torch.stack([whole[prompt] for prompt in prompts])
+        return wanted, whole[self.settings.negative_prompt].expand_as(wanted) if guided else None
 
     def condition(self, texts: tuple[Tensor, Tensor | None], image: Image | None) -> Condition:
         """Everything the transformer is told, for all samples."""

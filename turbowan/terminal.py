@@ -80,6 +80,8 @@ class At(Protocol):
     def done(self) -> int: ...
     @property
     def total(self) -> int: ...
+    @property
+    def unit(self) -> str: ...
 
 
 class ProgressLine:
@@ -95,4 +97,13 @@ class ProgressLine:
             self._stage, self._started = at.stage, time.perf_counter()
         seconds = time.perf_counter() - self._started
         end = "\n" if at.done >= at.total else ""
-        print(f"\r{at.stage:<10}{at.done}/{at.total}  {seconds:.1f} s", end=end, file=sys.stderr, flush=True)
+        print(f"\r{at.stage:<10}{_count(at, seconds)}\033[K", end=end, file=sys.stderr, flush=True)
+
+
+def _count(at: At, seconds: float) -> str:
+    """3/4  1.2 s, or of bytes 6.2/14.3 GB  2.1 GB/s."""
+    if at.unit != "bytes":
+        return f"{at.done}/{at.total}  {seconds:.1f} s"
+    scale, unit = (1e9, "GB") if at.total >= 1e9 else (1e6, "MB")
+    done = at.done / scale
+    return f"{done:.1f}/{at.total / scale:.1f} {unit}  {done / max(seconds, 1e-3):.1f} {unit}/s"

@@ -55,7 +55,6 @@ def vae_state(fresh_seed: int) -> State:
 def text_state(fresh_seed: int) -> State:
     """A random two-layer umT5 encoder of width 64 as `models_t5_umt5-xxl-enc-bf16.pth` names it."""
     state = TextEncoder(512, 64, layers=2, heads=2, head_width=64, hidden=128).model.state_dict()
-    state.pop("encoder.embed_tokens.weight")
     return {key: value.detach().bfloat16() for key, value in write_text_encoder(state).items()}
 
 

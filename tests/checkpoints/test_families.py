@@ -17,7 +17,7 @@ from turbowan.checkpoints.names import WAN_IMAGE_ENCODER, WAN_TEXT_ENCODER, rena
 from turbowan.checkpoints.quantize import quantize_transformer
 from turbowan.checkpoints.tokenizer import find_tokenizer
 from turbowan.models.image_encoder import MEAN, STD
-from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear
+from turbowan.models.linear import Int8BlockLinear, Int8RowLinear, ScaledLinear
 from turbowan.models.tokenizer import Tokenizer
 
 PATCH = "patch_embedding.weight"
@@ -180,7 +180,7 @@ def test_scaled_fp8_transformers(
     save_file(rounded, tmp_path / "rounded.safetensors")
     save_file(state, tmp_path / "plain.safetensors")
     net = load_transformer(tmp_path / "fp8.safetensors")
-    assert sum(isinstance(module, Fp8Linear) for module in net.modules()) == 20
+    assert sum(isinstance(module, ScaledLinear) for module in net.modules()) == 20
     ours = velocity(tmp_path / "fp8.safetensors")
     assert relative_error(ours, velocity(tmp_path / "rounded.safetensors")) < 1e-5
     assert relative_error(ours, velocity(tmp_path / "plain.safetensors")) < 0.1
@@ -198,7 +198,7 @@ def test_fp8_without_scales(
     save_file({key: value.float() for key, value in eight.items()}, tmp_path / "expanded.safetensors")
     net = load_transformer(tmp_path / "fp8.safetensors", dtype=torch.bfloat16)
     assert net.dtype == torch.bfloat16
-    assert sum(isinstance(module, Fp8Linear) for module in net.modules()) == 20
+    assert sum(isinstance(module, ScaledLinear) for module in net.modules()) == 20
     expected = velocity(tmp_path / "expanded.safetensors")
     assert relative_error(velocity(tmp_path / "fp8.safetensors"), expected) < 1e-5
 
@@ -448,7 +448,7 @@ def test_scaled_fp8_text_encoders(
     save_file(rounded, tmp_path / "rounded.safetensors")
     save_file(state, tmp_path / "plain.safetensors")
     encoder = load_text_encoder(tmp_path / "fp8.safetensors")
-    assert sum(isinstance(module, Fp8Linear) for module in encoder.modules()) == 14
+    assert sum(isinstance(module, ScaledLinear) for module in encoder.modules()) == 14
     ours = embedded(tmp_path / "fp8.safetensors")
     assert relative_error(ours, embedded(tmp_path / "rounded.safetensors")) < 1e-5
     assert relative_error(ours, embedded(tmp_path / "plain.safetensors")) < 0.1

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turbowan.checkpoints.files import read_tensors, replacing, stream_tensors, write_tensors
+from turbowan.checkpoints.files import file_identity, read_tensors, replacing, stream_tensors, write_tensors
 from turbowan.errors import CheckpointError
 
 State = dict[str, Tensor]
@@ -300,3 +300,15 @@ def test_nested_states(tmp_path: Path, state: State) -> None:
         assert_same(read_tensors(tmp_path / "x.pth"), state)
     torch.save({"state_dict": {"model": state}}, tmp_path / "x.pth")
     assert_same(read_tensors(tmp_path / "x.pth"), state)
+
+
+def test_identity_tells_files_apart(tmp_path: Path) -> None:
+    """One file by itself; a folder or a shard index by all weights there."""
+    one, index = tmp_path / "one.safetensors", tmp_path / "model.safetensors.index.json"
+    for path in (one, index):
+        path.write_bytes(b"weights")
+    before = [file_identity(path) for path in (one, index, tmp_path)]
+    assert before == [file_identity(path) for path in (one, index, tmp_path)]
+    assert before[1] == before[2]
+    os.utime(one, ns=(1, 1))
+    assert all(file_identity(path) != was for path, was in zip((one, index, tmp_path), before, strict=True))

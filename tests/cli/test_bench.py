@@ -24,6 +24,26 @@ def test_refusals(arguments, line, command_line):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("pipeline --preset 2B", "preset must be one of 1.3B-480p, 14B-720p, A14B-I2V-720p,"),
+        ("pipeline --preset tiny --format int4", "format must be one of bf16, int8_block, int8_row, fp8, got 'int4'"),
+        ("pipeline --preset tiny --text-encoder int4", "format must be one of bf16, fp8, got 'int4'"),
+        ("pipeline --preset tiny --num-frames 80", "num_frames must be 4k+1, got 80"),
+        ("pipeline --preset tiny --cap 12QB", "a memory size looks like 12GB or 12GiB, got '12QB'"),
+        ("pipeline --preset tiny --layers 0", "layers must be from 1 to 2, got 0"),
+        ("text --format int4", "the text encoder's format must be one of bf16, fp8, got 'int4'"),
+    ],
+)
+def test_other_refusals(arguments, line, command_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command_line("bench", *arguments.split())
+    assert (code, out) == (2, "")
+    assert line in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("arguments", ["", "--vary tokens --vary top-k --graph"])
 def test_needs_a_gpu(arguments, command_line):

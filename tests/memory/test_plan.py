@@ -1,4 +1,4 @@
-"""Plans from numbers alone: cards of every size, models of true sizes; and how near the formulas are to what was measured."""
+"""Plans from numbers alone: cards of every size, models of true sizes; and how near formulas are to measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ GB = 10**9
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 CONFIG = TransformerConfig(dim=128, ffn_dim=512, num_layers=4, text_dim=128)
-SMALL = Model("small", {"transformer": PartSize(10, (20,) * 4), "text_encoder": PartSize(50), "vae": PartSize(5)}, CONFIG, 64, 8)
+PARTS = {"transformer": PartSize(10, (20,) * 4), "text_encoder": PartSize(50), "vae": PartSize(5)}
+SMALL = Model("small", PARTS, CONFIG, 64, 8)
 TINY_WORK = Work(32, 32, 1)
 
 
@@ -36,7 +37,7 @@ def plan(name: str, resolution: str, gb: float, mode: str = "auto", host: int = 
     return make_plan(model, replace(work, width=width, height=height), card(gb, host), mode)
 
 
-@pytest.mark.parametrize("line", [line for line in (RESULTS / "transformer.jsonl").read_text().splitlines()])
+@pytest.mark.parametrize("line", (RESULTS / "transformer.jsonl").read_text().splitlines())
 def test_a_step_takes_what_was_measured(line: str) -> None:
     """Never less, at most a sixth more; the 256 MiB that the benchmark empties the cache with go off."""
     record = json.loads(line)

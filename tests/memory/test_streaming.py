@@ -132,7 +132,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_wanted(
     seen: list[str] = []
     load = turbowan.stages.LOADERS["high_noise"]
 
-    def fail(*_: object) -> nn.Module:
+    def fail(*_: object, **__: object) -> nn.Module:
         raise MachineError("the disk is gone")
 
     for way in ("resident", "streamed"):
@@ -198,7 +198,7 @@ def test_a_budget_caps_what_is_taken_on_a_gpu() -> None:
     assert torch.cuda.max_memory_reserved() <= 1.5e9
     assert np.array_equal(capped, wanted)
     del engine
-    with pytest.raises(MachineError, match="fits with|nothing smaller"):
+    with pytest.raises(MachineError, match=r"fits|nothing smaller"):
         frames(Engine.load("tiny-i2v", device="cuda"), "int8", gpu_budget="600MB")
     free = torch.cuda.mem_get_info()[0]
     if free > 4 * 10**9:
@@ -208,14 +208,14 @@ def test_a_budget_caps_what_is_taken_on_a_gpu() -> None:
 def test_a_refusal_names_what_fits() -> None:
     """Found by planning smaller requests; asked for, it is not refused."""
     engine = Engine.load("tiny", device="cpu")
-    big = GenerateRequest(prompt="a ring", width=832, height=480, num_frames=81, gpu_budget="1.4GB")
+    big = GenerateRequest(prompt="a ring", width=832, height=480, num_frames=81, gpu_budget="1.7GB")
     with pytest.raises(MachineError) as caught:
         engine.plan(big)
-    pattern = r".* 832x480, 81 frames: \w+ takes .* to be had .* in the budget, less a margin\); (.*)x(.*), (.*) frames? fits"
+    pattern = r".* 832x480, 81 frames: \w+ takes .* to be had .* in the budget, .*; (.*)x(.*), (.*) frames? fits"
     found = re.match(pattern, str(caught.value))
     assert found, str(caught.value)
     width, height, count = map(int, found.groups())
-    assert engine.plan(replace(big, width=width, height=height, num_frames=count)).peak < 1.4e9
+    assert engine.plan(replace(big, width=width, height=height, num_frames=count)).peak < 1.7e9
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
         with pytest.raises(MachineError, match="nothing smaller fits either"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from turbowan import ops
-from turbowan.models.linear import Fp8Linear, Int8BlockLinear, Int8RowLinear, format_of
+from turbowan.models.linear import Int8BlockLinear, Int8RowLinear, ScaledLinear, format_of
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -24,7 +24,7 @@ def quantised(kind, layer):
     return small
 
 
-@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, Fp8Linear])
+@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, ScaledLinear])
 @pytest.mark.parametrize("shape", [(1, 5), (2, 130), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stands_in_for_a_linear_layer(kind, shape, dtype, relative_error):
@@ -36,7 +36,7 @@ def test_stands_in_for_a_linear_layer(kind, shape, dtype, relative_error):
     assert 1e-4 < relative_error(out, layer(x.float())) < 0.06
 
 
-@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, Fp8Linear])
+@pytest.mark.parametrize("kind", [Int8BlockLinear, Int8RowLinear, ScaledLinear])
 def test_an_addition_is_added_exactly_and_asks_for_numbers(kind, relative_error):
     layer, x = nn.Linear(200, 90).requires_grad_(False), torch.randn(2, 5, 200)
     small, change = quantised(kind, layer), 0.1 * torch.randn(90, 200)
@@ -61,7 +61,7 @@ def test_blocks_never_cross_samples(rows, dtype):
 
 
 def test_fp8_without_bias():
-    layer = Fp8Linear(8, 4, bias=False)
+    layer = ScaledLinear(8, 4, bias=False)
     layer.weight.copy_(torch.eye(4, 8).to(torch.float8_e4m3fn))
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), x[:, :4])

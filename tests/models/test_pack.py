@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from turbowan.models.linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear
+from turbowan.models.linear import Fp8RowLinear, Int8BlockLinear, Int8RowLinear, ScaledLinear
 from turbowan.models.pack import file_format, full_weight, join_qkv, prepare, round_linears
 from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
 
@@ -93,7 +93,7 @@ def test_the_format_of_a_file(net):
     assert dict(net.named_modules()) == before
     for module in net.blocks.modules():
         for name in [name for name, layer in module.named_children() if isinstance(layer, (nn.Linear, Fp8RowLinear))]:
-            setattr(module, name, Fp8Linear(8, 8))
+            setattr(module, name, ScaledLinear(8, 8))
     prepare(net, "int8_row")
     assert file_format(net) == "int8_row"
 

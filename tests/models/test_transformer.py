@@ -11,7 +11,7 @@ from torch import nn
 from turbowan import ops
 from turbowan.checkpoints import load_transformer
 from turbowan.errors import RequestError
-from turbowan.models.linear import Fp8Linear
+from turbowan.models.linear import ScaledLinear
 from turbowan.models.pack import file_format, prepare
 from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, unpatchify
 
@@ -205,7 +205,7 @@ def test_a_layer_outside_the_blocks_may_be_in_float8(make_transformer, relative_
     time = ("time_embedding.0", "time_embedding.2", "time_projection.1")
     for name in ("patch_embedding", *time, "text_embedding.0", "head.head"):
         layer = net.get_submodule(name)
-        small = Fp8Linear(layer.in_features, layer.out_features)
+        small = ScaledLinear(layer.in_features, layer.out_features)
         small.scale_weight.copy_(layer.weight.abs().max() / 448)
         small.weight.copy_((layer.weight / small.scale_weight).to(torch.float8_e4m3fn))
         small.bias.copy_(layer.bias)

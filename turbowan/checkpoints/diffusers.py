@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..models.text_encoder import EPS as TEXT_EPS
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import EPS, HEAD_SIZE, WanTransformer
 from ..models.transformer import PATCH as PATCH_SIZE
 from ..models.vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, MULTIPLIERS, WanVAE
 from .files import State
 from .names import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, rename
 from .wan import PATCH
-
-if TYPE_CHECKING:
-    from ..models.text_encoder import TextEncoder
 
 # the file name that `from_pretrained` looks for, by role
 WEIGHTS = {
@@ -95,7 +94,21 @@ def read_text_encoder(state: State) -> State:
 
 def text_encoder_config(encoder: TextEncoder) -> dict[str, Any]:
     """What `UMT5EncoderModel.from_pretrained` reads from `config.json`."""
-    return {**encoder.model.config.to_diff_dict(), "architectures": ["UMT5EncoderModel"]}
+    from transformers import UMT5Config
+
+    sizes = encoder.sizes
+    config = UMT5Config(
+        vocab_size=sizes.vocabulary,
+        d_model=sizes.width,
+        d_kv=sizes.head_width,
+        d_ff=sizes.hidden,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        layer_norm_epsilon=TEXT_EPS,
+    )
+    return {**config.to_diff_dict(), "architectures": ["UMT5EncoderModel"]}
 
 
 CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -8,9 +8,13 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +32,8 @@ _SAFETENSORS_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+WRITERS = 8  # tensors that are written at a time
+_POSITION = Lock()
 _FORMATS = "_quantization_metadata"  # where ComfyUI may state its layers' formats instead of in `comfy_quant` tensors
 _NESTED = ("state_dict", "model", "module")  # where training tools put the tensors inside a .pth
 
@@ -143,7 +149,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def stream_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """`write_tensors` of tensors that are made one after another: for `.safetensors`, one at a time is in memory.
+    """`write_tensors` of tensors that are made one after another: for `.safetensors`, few at a time are in memory.
 
     Args:
         layout: a tensor for each key, of which only shape and dtype count (the meta device will do).
@@ -193,15 +199,32 @@ def _write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    start = 8 + len(text)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(WRITERS) as pool:
         file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
         file.truncate(start + offset)
+        under_way: deque[Future[None]] = deque()
         for key, value in tensors:
             if value.shape != layout[key].shape or value.dtype != layout[key].dtype:
                 raise ValueError(f"{key} came as {value.dtype} {list(value.shape)}, not as in the layout")
-            file.seek(start + header[key]["data_offsets"][0])
-            file.write(_bytes(value).numpy().data)
+            place = start + header[key]["data_offsets"][0]
+            under_way.append(pool.submit(_write_at, file, _bytes(value).numpy().data, place))
+            if len(under_way) >= WRITERS:
+                under_way.popleft().result()
+        for last in under_way:
+            last.result()
+
+
+def _write_at(file: FileIO, data: memoryview, offset: int) -> None:
+    """All of the data: a system takes 2 GiB at a time at most, and less where it likes."""
+    while len(data):
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(file.fileno(), data, offset)
+        else:  # Windows, where a file has one position
+            with _POSITION:
+                file.seek(offset)
+                done = file.write(data)
+        data, offset = data[done:], offset + done
 
 
 def _write_pickled(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -220,6 +243,18 @@ def _bytes(value: Tensor) -> Tensor:
     """A tensor's bytes, uint8 [n], without a copy where it is contiguous and on the CPU."""
     flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return torch.from_numpy(flat.numpy())
+
+
+def file_identity(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of change of the weights at a path, in nanoseconds: what differs when they do.
+
+    Args:
+        path: a file, a shard index (all weights beside it count), or a folder of weights.
+    """
+    folder = path if path.is_dir() else path.parent
+    one = path.is_file() and path.suffix != ".json"
+    files = [path] if one else sorted(p for p in folder.iterdir() if p.suffix in (*SAFETENSORS, *PICKLED, ".json"))
+    return tuple((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
 
 
 def make_folder(folder: Path) -> Path:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, RequestError
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import HEAD_SIZE, AttentionConfig, TransformerConfig, WanTransformer
 from ..models.vae import LATENT_CHANNELS, MULTIPLIERS, WanVAE
 from ..ops.layer_norm import VARIANCES
-from .assign import TRANSFORMER_FLOAT32, assign, check_fit, fit_quantized
+from .assign import TRANSFORMER_FLOAT32, EachBlock, Report, assign, check_fit, fit_quantized
 from .comfy import SPIECE
 from .detect import ROLES, Detected, detect, strip_prefixes
 from .families import READERS
@@ -24,9 +27,6 @@ from .scales import read_scales
 
 if TYPE_CHECKING:
     from ..models.image_encoder import ImageEncoder
-    from ..models.text_encoder import TextEncoder
-
-TIED = "encoder.embed_tokens.weight"  # umT5's embedding under its second name, which files leave out
 
 
 def read(path: Path | str, role: str | None = None) -> tuple[State, Detected]:
@@ -58,6 +58,8 @@ def load_transformer(
     block_q: int | None = None,
     block_k: int | None = None,
     norms: str = "exact",
+    report: Report | None = None,
+    each_block: EachBlock | None = None,
 ) -> WanTransformer:
     """Load a Wan transformer of any family, size and quantisation; a quantised file runs quantised.
 
@@ -68,6 +70,8 @@ def load_transformer(
         sla_topk: share of key blocks kept, 0.1 by default.
         block_q, block_k: tokens per block, 128 and 64 by default; the official SageSLA uses 64 and 128 on Hopper.
         norms: "exact", or "official" for the fast kernel's variance in norm1, norm2 and norm3.
+        report: called as the weights come, with the bytes read and in all.
+        each_block: called with each block as soon as it is there, before the next one is: see `assign`.
 
     Raises:
         CheckpointError: the file cannot serve, or lacks SLA's projection where SLA is asked for; the line says what
@@ -80,7 +84,7 @@ def load_transformer(
     net, state = empty_transformer(state, str(path))
     net.attention = choose_attention(net.config, str(path), attention, sla_topk, block_q, block_k)
     net.norms = norms
-    assign(net, state, device, dtype, TRANSFORMER_FLOAT32)
+    assign(net, state, device, dtype, TRANSFORMER_FLOAT32, report, each_block)
     return net.eval()
 
 
@@ -91,7 +95,7 @@ def empty_transformer(state: State, name: str) -> tuple[WanTransformer, State]:
         CheckpointError: tensors are missing, left over or of another shape.
     """
     config = transformer_config(state, name)
-    with torch.device("meta"):
+    with on_meta():
         net = WanTransformer(config)
     state = fit_quantized(net, state)
     check_fit(net, state, name)
@@ -171,14 +175,19 @@ def _count(state: Mapping[str, Tensor], pattern: str, name: str) -> int:
     return len(numbers)
 
 
-def load_vae(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+def load_vae(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
+) -> WanVAE:
     """Load a Wan 2.1 VAE of any base width, in Wan's or diffusers' names.
 
     Raises:
         CheckpointError: the file cannot serve.
     """
     vae, state = empty_vae(read(path, "vae")[0], str(path))
-    assign(vae, state, device, dtype)
+    assign(vae, state, device, dtype, report=report)
     return vae.eval()
 
 
@@ -191,7 +200,7 @@ def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
             f"{name} has widths {dim} to {widest} and {channels} latent channels;"
             f" Wan 2.1 has {dim} to {MULTIPLIERS[-1] * dim} and {LATENT_CHANNELS}"
         )
-    with torch.device("meta"):
+    with on_meta():
         vae = WanVAE(dim)
     state = fit_quantized(vae, state)
     check_fit(vae, state, name)
@@ -199,7 +208,10 @@ def empty_vae(state: State, name: str) -> tuple[WanVAE, State]:
 
 
 def load_text_encoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
 ) -> TextEncoder:
     """Load an umT5 encoder in Wan's, transformers' or ComfyUI's layout; fp8_scaled weights stay in 8 bits.
 
@@ -207,14 +219,12 @@ def load_text_encoder(
         CheckpointError: the file cannot serve.
     """
     encoder, state = empty_text_encoder(read(path, "text_encoder")[0], str(path))
-    assign(encoder.model, state, device, dtype)
-    _tie(encoder)
+    assign(encoder.model, state, device, dtype, report=report)
     return encoder.eval()
 
 
 def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
     """As `empty_transformer`, for an umT5 encoder (the state is that of its `model`)."""
-    from ..models.text_encoder import TextEncoder
 
     def shape(key: str) -> tuple[int, ...]:
         return _shape(state, key, 2, name)
@@ -222,7 +232,7 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
     block = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     heads = shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")[1]
-    with torch.device("meta"):
+    with on_meta():
         encoder = TextEncoder(
             vocabulary=vocabulary,
             width=width,
@@ -232,13 +242,15 @@ def empty_text_encoder(state: State, name: str) -> tuple[TextEncoder, State]:
             hidden=shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
         )
     state = fit_quantized(encoder.model, state)
-    state[TIED] = state["shared.weight"]
     check_fit(encoder.model, state, name)
     return encoder, state
 
 
 def load_image_encoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Report | None = None,
 ) -> ImageEncoder:
     """Load the CLIP vision tower of Wan 2.1 image-to-video, in Wan's, ComfyUI's or transformers' layout.
 
@@ -250,7 +262,7 @@ def load_image_encoder(
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[1], device=device).unsqueeze(0)
-    assign(encoder.model, state, device, dtype)
+    assign(encoder.model, state, device, dtype, report=report)
     return encoder.eval()
 
 
@@ -275,12 +287,27 @@ def empty_image_encoder(state: State, name: str) -> tuple[ImageEncoder, State]:
         patch_size=patch,
         hidden_act="gelu",
     )
-    with torch.device("meta"):
+    with on_meta():
         encoder = ImageEncoder(config)
     prefix = "" if any(k.startswith("vision_model.") for k in encoder.model.state_dict()) else "vision_model."
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     check_fit(encoder.model, state, name)
     return encoder, state
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made here have shapes and no values. Drawing first values, even none, would import all of torch.compile:
+    seconds of a program's start."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
@@ -302,14 +329,7 @@ def outline(state: State, role: str, name: str) -> Any:
     """
     part, state = EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)
     getattr(part, "model", part).load_state_dict(state, assign=True)
-    if role == "text_encoder":
-        _tie(part)
     return part
-
-
-def _tie(encoder: TextEncoder) -> None:
-    """One weight under both names of umT5's embedding."""
-    encoder.model.encoder.embed_tokens.weight = encoder.model.shared.weight
 
 
 def embedded_tokenizer(path: Path | str) -> bytes | None:

@@ -95,6 +95,12 @@ def write_comfy_scales(state: Mapping[str, Tensor]) -> State:
 
 def expand(state: State, layer: str) -> None:
     """Replace a layer's 8-bit weight and its scale, in our notation, by a floating-point `weight`, in place."""
+    stored = state.get(f"{layer}.int8_weight", state.get(f"{layer}.weight"))
+    if stored is not None and stored.is_meta:  # arithmetic there would import all of torch.compile: seconds
+        for name in _names_of(layer) | {f"{layer}.int8_weight", f"{layer}.scale"}:
+            state.pop(name, None)
+        state[f"{layer}.weight"] = torch.empty(stored.shape, device="meta")
+        return
     codes = state.pop(f"{layer}.int8_weight", None)
     if codes is not None:
         state[f"{layer}.weight"] = dequantize_int8_blockwise(codes, state.pop(f"{layer}.scale"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,33 +13,54 @@ app = typer.Typer(help="Measure with random weights of true sizes; one JSON line
 
 @app.command()
 def pipeline(
-    size: Annotated[str, typer.Option(help="1.3B, 14B or tiny.")] = "1.3B",
-    scratch: Annotated[Path, typer.Option(help="Where the weights are written, or were before.")] = Path("out/bench"),
-    quantize: Annotated[bool, typer.Option("--quantize/--no-quantize", help="Official int8 blocks.")] = False,
-    resolution: Annotated[str, typer.Option(help="A name of the resolution table.")] = "480p",
-    num_frames: Annotated[int, typer.Option(help="4k+1.")] = 81,
+    preset: Annotated[str, typer.Option(help="1.3B-480p, 14B-720p, A14B-I2V-720p, tiny or tiny-I2V.")] = "1.3B-480p",
+    folder: Annotated[Path, typer.Option(help="Where the weights are written, or were before.")] = Path("out/bench"),
+    weights: Annotated[
+        str | None, typer.Option("--format", help="Of the transformers' files: bf16, int8_block, int8_row or fp8.")
+    ] = None,
+    text_encoder: Annotated[str, typer.Option(help="Its file: bf16 (11.4 GB at true size) or fp8 (5.8).")] = "bf16",
+    layers: Annotated[int | None, typer.Option(help="Fewer than the true number, for a trial.")] = None,
+    requests: Annotated[int, typer.Option(help="Warm runs after the first of a process.")] = 3,
+    first_ever: Annotated[
+        bool | None, typer.Option("--first-ever/--no-first-ever", help="Also without compiled kernels; if on a GPU.")
+    ] = None,
+    write_only: Annotated[bool, typer.Option("--write-only", help="The files, no runs.")] = False,
+    memory: Annotated[str | None, typer.Option(help="auto, speed, balanced or minimal.")] = None,
+    gpu_budget: Annotated[str | None, typer.Option(help="Such as 12GB.")] = None,
+    cap: Annotated[str | None, typer.Option(help="GPU memory that PyTorch is held to, as on a smaller card.")] = None,
+    precision: Annotated[str | None, typer.Option(help="As of generate.")] = None,
     attention: Annotated[str, typer.Option(help="original, sla or sagesla.")] = "sla",
-    repeats: Annotated[int, typer.Option(help="Warm runs after the first.")] = 1,
+    resolution: Annotated[str | None, typer.Option(help="Instead of the preset's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, with a height.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, with a width.")] = None,
+    num_frames: Annotated[int, typer.Option(help="4k+1.")] = 81,
+    num_steps: Annotated[int | None, typer.Option(help="Of the sampler; 4 if not given.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """From official files to decoded frames: seconds per stage and peak memory."""
-    from ..bench.pipeline import run_pipeline
-    from ..bench.random_weights import write_random_model
-    from ..checkpoints.manifest import FILE_NAME
-    from ..engine import EMBEDDED, choose_device
-    from ..request import GenerateRequest
+    """From a prompt to a file at true sizes: seconds by stage and peak memory, cold and warm."""
+    from ..bench import presets
+    from ..bench.pipeline import Trial, run_pipeline
+    from ..engine import choose_device
+    from ..request import GenerateRequest, parse_bytes
+    from ..terminal import ProgressLine
 
-    folder = scratch / f"{size}{'-quant' if quantize else ''}"
+    chosen = presets.find_preset(preset, weights, text_encoder)
+    given = {
+        "memory": memory, "gpu_budget": gpu_budget, "precision": precision, "width": width, "height": height,
+        "num_steps": num_steps, "resolution": resolution or (None if width else chosen.resolution),
+    }  # fmt: skip
+    request: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    request |= {"prompt": presets.PROMPT, "num_frames": num_frames, "attention": attention}
+    size = presets.frame_size(GenerateRequest(**request))
+    limit = None if cap is None else parse_bytes(cap)
     where = choose_device(device)
-    if not (folder / FILE_NAME).exists():
-        write_random_model(folder, size, EMBEDDED / "tiny" / "tokenizer" / "spiece.model", quantize, where)
-    request = GenerateRequest(
-        prompt="a red circle moves right on a blue background",
-        resolution=resolution,
-        num_frames=num_frames,
-        attention=attention,
-    )
-    for record in run_pipeline(folder, request, str(where), repeats):
+    manifest, home = presets.write_model(folder, chosen, text_encoder, layers, where, ProgressLine())
+    facts = {"preset": preset, "text_encoder": text_encoder, "layers": layers, "tokenizer": presets.TOKENIZER_NOTE}
+    trial = Trial(
+        manifest, home, request, str(where), size if chosen.experts else None, requests,
+        where.type == "cuda" if first_ever is None else first_ever, limit, facts | {"cap": cap},
+    )  # fmt: skip
+    for record in () if write_only else run_pipeline(trial):
         print(json.dumps(record), flush=True)
 
 
@@ -79,6 +100,20 @@ def transformer(
 
     steps = growth(Step(resolution, num_frames, top_k), vary or [])
     for record in run_transformer(size, steps, precision, attention, text_rows, repeats, graph):
+        print(json.dumps(record), flush=True)
+
+
+@app.command()
+def text(
+    weights: Annotated[str, typer.Option("--format", help="Of the weights: bf16 or fp8.")] = "bf16",
+    tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompt; 60 and 512 if not given.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 10,
+    graph: Annotated[bool, typer.Option("--graph", help="Time the call as a CUDA graph too.")] = False,
+) -> None:
+    """The text encoder on a GPU, umT5-xxl with random weights: median, rate, work of the host."""
+    from ..bench.text import run_text
+
+    for record in run_text(weights, tokens or (60, 512), repeats, graph):
         print(json.dumps(record), flush=True)
 
 

@@ -20,11 +20,11 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
 from ..memory.lending import Lender, pin
-from ..models.linear import EightBitLinear, Fp8Linear, Int8BlockLinear
+from ..models.linear import EightBitLinear, Int8BlockLinear, ScaledLinear
 from ..models.pack import full_weight
 from ..ops.int8_blockwise import BLOCK
 
-EIGHT_BITS = (EightBitLinear, Fp8Linear)
+EIGHT_BITS = (EightBitLinear, ScaledLinear)
 
 
 class PatchEmbedding(nn.Module):
@@ -85,7 +85,7 @@ class Codec:
             rows, columns = like.shape
             scale = layer.scale.to(like.device).repeat_interleave(BLOCK, 0)[:rows]
             return scale.repeat_interleave(BLOCK, 1)[:, :columns]
-        scale = layer.scale_weight if isinstance(layer, Fp8Linear) else layer.weight_scale
+        scale = layer.scale_weight if isinstance(layer, ScaledLinear) else layer.weight_scale
         return scale.to(like.device).float().view(-1, 1)
 
 

@@ -70,14 +70,14 @@ def denoise_bytes(config: TransformerConfig, work: Work, told: bool = True) -> i
     """One evaluation of the transformer.
 
     Per token, with D and F the widths, d bytes a number and r bytes a number of the rows that linear layers read: the
-    stream and the last change, which the caller of a block still holds, and the new stream (3 d D). Then, at the end of
+    stream and the last change, which the caller of a block still holds, and the new stream (3 d D). At the end of
     self-attention, the rows (r D), q, k and v (3 d D), q and k rotated (2 d D), the result (d D), its rows (r D, only in
     8 bits) and its projection (d D). Or, in the feed-forward layers, the results of both attentions (2 d D), the rows
     (r D), the hidden layer (d F), its rows (r F, or d F where GELU is a pass of its own) and the result (d D), the last
     two not at once.
 
-    Besides, per token: the rotation's tables (512 bytes), the sampler's state, velocity and noises. And what every block
-    makes of the text, unless (`told`) it does so anew each time, as streamed blocks do.
+    Besides, per token: the rotation's tables (512 bytes), the sampler's state, velocity and noises. And what every
+    block makes of the text, unless (`told`) it does so anew each time, as streamed blocks do.
     """
     d, width, hidden = work.itemsize, config.dim, config.ffn_dim
     r = 1 if work.eight_bit else d

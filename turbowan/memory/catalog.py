@@ -54,7 +54,7 @@ def common_model(name: str, width: int = 832, height: int = 480, frames: int = 8
 
 
 def plan_common(room: Room) -> list[dict[str, Any]]:
-    """For each of COMMON and each of VIDEOS: model, size, peak (bytes; None where it does not fit) and how, or why not."""
+    """For each of COMMON and each of VIDEOS: model, size, peak (bytes, None if it does not fit) and how, or why not."""
     found = []
     for name in COMMON:
         for width, height in VIDEOS:

@@ -36,33 +36,36 @@ class Hosted:
     ) -> None:
         self.module, self.place, self._device = module, place, device
         self._seats: Seats | None = None
-        blocks = blocks_of(module)
-        if change is not None:
-            for block in blocks:
-                check()
-                move(block, device)
-                change(block)
-                move(block, torch.device("cpu"))
-        self._lender = Lender([module, *blocks], always=device.type != "cuda")
         self._locked: list[Locked] = []
-        if place.pinned and device.type == "cuda":
-            self._lock(check)
-
-    def _lock(self, check: Callable[[], None]) -> None:
-        for i in range(1 + self.place.blocks):
+        blocks = blocks_of(module)
+        self._lender = Lender([module, *blocks], always=device.type != "cuda")
+        pins = place.pinned and device.type == "cuda"
+        for i, unit in enumerate([module, *blocks]):
             check()
-            weights = self._lender.weights_of(i)
-            own = distinct(weights)
-            try:
-                locked = Locked(own)
-            except RuntimeError as error:
-                note = f"host memory cannot be locked ({error}); weights are copied to the GPU more slowly"
-                warnings.warn(note, Note, stacklevel=2)
-                return
-            self._locked.append(locked)
-            at = dict(zip(map(id, own), locked.tensors, strict=True))
-            for module, name, weight in weights:
-                put(module, name, at[id(weight)])
+            if i and change is not None:
+                move(unit, device)
+                change(unit)
+            pins = pins and self._lock(i)
+            if i and not pins:
+                move(unit, torch.device("cpu"))
+
+    def _lock(self, i: int) -> bool:
+        """Put a unit's weights, wherever they are, into locked memory. False, and a note, where there is none."""
+        weights = self._lender.weights_of(i)
+        own = distinct(weights)
+        if not own:
+            return True
+        try:
+            locked = Locked(own)
+        except RuntimeError as error:
+            note = f"host memory cannot be locked ({error}); weights are copied to the GPU more slowly"
+            warnings.warn(note, Note, stacklevel=2)
+            return False
+        self._locked.append(locked)
+        at = dict(zip(map(id, own), locked.tensors, strict=True))
+        for module, name, weight in weights:
+            put(module, name, at[id(weight)])
+        return True
 
     def enter(self) -> nn.Module:
         """Memory is taken on the device, and what is in no block goes there; blocks follow when they are run."""
@@ -107,14 +110,14 @@ class Seats:
     """
 
     def __init__(self, sizes: list[int], stays: frozenset[int], device: torch.device) -> None:
-        turn = max((size for i, size in enumerate(sizes) if i not in stays), default=0)
         starts, end = {}, 0
         for i in sorted(stays):
             starts[i] = end
             end += sizes[i]
-        self._starts, self._turns, self._count = starts, (end, end + turn), 0
-        lent = sum(i not in stays for i in range(len(sizes)))
-        self._memory = torch.empty(end + min(lent, 2) * turn, dtype=torch.uint8, device=device)
+        lent = [size for i, size in enumerate(sizes) if i not in stays]
+        turn = max(lent, default=0)
+        self._starts, self._turns, self._count = starts, [end + turn * i for i in range(min(2, len(lent)))], 0
+        self._memory = torch.empty(end + turn * len(self._turns), dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +126,7 @@ class Seats:
     def __call__(self, unit: int, size: int, device: torch.device) -> Tensor:
         start = self._starts.get(unit)
         if start is None:
-            start = self._turns[self._count % 2]
+            start = self._turns[self._count % len(self._turns)]
             self._count += 1
         return self._memory[start : start + size]
 

@@ -19,8 +19,8 @@ class Lender:
     """Forward hooks on the units of a network.
 
     Before a unit runs, its weights that lie elsewhere than its input are copied there; after it, however it ended, the
-    ones on the host are back in their place. They are never copied back. On a GPU the copies of the next unit that needs
-    any run beside the present work, so that about two units are there at a time. Units that stay keep their copies from
+    ones on the host are back in their place. They are never copied back. On a GPU the copies of the next unit that
+    needs any run beside the present work, so that about two units are there at a time. Units that stay keep their copies from
     their first turn on, until `release`.
 
     Args:
@@ -31,8 +31,8 @@ class Lender:
         before: called before each unit; an exception it raises ends the pass.
         stays: units, by their place in the list, whose copies are kept.
         always: weights are lent even where they lie beside the input, as on a CPU all do.
-        memory: (unit, bytes, device) -> uint8 [bytes] for its copy; taken from PyTorch, and given back, by default. What
-            it gives one unit, it may give another two turns later.
+        memory: (unit, bytes, device) -> uint8 [bytes] for its copy; taken from PyTorch, and given back, by default.
+            What it gives one unit, it may give another two turns later.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class Lender:
     def _copies(self, i: int, device: torch.device, beside: bool = False) -> Copies:
         """A unit's weights on the device.
 
-        Memory is taken in the order of the present stream's work and given back in it, so that it goes round however far
-        the host is ahead of the GPU. The copies begin when all work up to here is done: another unit's weights may have
+        Memory is taken in the order of the present stream's work and given back in it, so that it goes round however
+        far the host is ahead of the GPU. The copies begin when all work up to here is done: another unit's weights may have
         been in that memory.
 
         Args:

@@ -67,8 +67,8 @@ class Plan:
     """What `make_plan` decided.
 
     places: by role. peaks: bytes on the device at most, by stage, 0 where a stage has nothing to do. usable: bytes they
-    had to fit in. cap: bytes PyTorch is held to, with a budget. decode_budget, encode_budget: bytes for the VAE's layers
-    (None: it may choose). grid: what decoding will make of it. early: the transformers load while the text is encoded.
+    had to fit in. cap: bytes PyTorch is held to, with a budget. decode_budget, encode_budget: bytes for the VAE's
+    layers (None: it may choose). grid: what decoding will make of it. early: the transformers load while the text is encoded.
     """
 
     mode: str
@@ -176,8 +176,8 @@ class Model:
 def make_plan(model: Model, work: Work, room: Room, mode: str = "auto") -> Plan:
     """The first that fits of what the mode allows, from the fastest on.
 
-    "speed": everything stays on the device. "auto": that, or all but the encoders, or parts on the host that come to the
-    device for their stage, with as many of the transformer's blocks as there is room for and the others streamed.
+    "speed": everything stays on the device. "auto": that, or all but the encoders, or parts on the host that come to
+    the device for their stage, with as many of the transformer's blocks as there is room for and the others streamed.
     "balanced": the last of these at once, so that little is taken between requests. "minimal": nothing stays anywhere,
     all blocks stream. On a CPU, parts stay or are freed after their stage.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import Note
 from ..machine import size_text
+from .embeddings import Embeddings
 from .hosted import Change, Hosted
 from .plan import Place
 
@@ -31,6 +32,7 @@ class Residency:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        self.texts = Embeddings()
         self._places: Mapping[str, Place] = {}
         self._parts: dict[str, tuple[Hashable, Any]] = {}
         self._coming: dict[str, tuple[Hashable, Coming]] = {}
@@ -67,7 +69,7 @@ class Residency:
         """The part in this variant (its precision), loaded now if it is not there; another variant is freed first.
 
         Args:
-            load: reads it to where `loads_to` says. ready: what to do with each block of a part on the host, see `Hosted`.
+            load: reads it to where `loads_to` says. ready: for a part on the host, see `Hosted`.
 
         Raises:
             whatever loading raises, also where it began in the background.

@@ -169,8 +169,9 @@ class Fp8RowLinear(RowLinear):
     codes = torch.float8_e4m3fn
 
 
-class Fp8Linear(nn.Module):
-    """Weights in float8 with one scale, expanded for each product: ComfyUI's `fp8_scaled` format."""
+class ScaledLinear(nn.Module):
+    """Weights in 8 bits with one scale or one a row, expanded for each product: ComfyUI's `fp8_scaled` format, and int8
+    in the text encoder, whose activations stay as they are."""
 
     weight: Tensor
     scale_weight: Tensor

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
-from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, format_of
+from ..ops.rows import FORMATS
+from .linear import Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, ScaledLinear, format_of
 from .transformer import SelfAttention, WanTransformer
 
 # format -> layer, the names of its codes and scales, and what makes them of a weight [N, K]
@@ -27,10 +28,21 @@ def prepare(net: WanTransformer, linears: str) -> None:
     Args:
         linears: a format for the linear layers, as of `round_linears`; the net's own (`file_format`) leaves them alone.
     """
-    if linears != file_format(net):
-        round_linears(net, linears)
-    if net.patch_embedding.bias.is_cuda:
-        join_qkv(net)
+    for block in net.blocks:
+        prepare_block(block, linears, net.patch_embedding.weight.dtype)
+
+
+def prepare_block(block: nn.Module, linears: str, dtype: torch.dtype) -> None:
+    """`prepare` of one block, for whoever loads a transformer block by block: beside it there need be room for one
+    layer in full precision only.
+
+    Args:
+        dtype: of layers in full precision, where `linears` is "bf16".
+    """
+    if linears in FORMATS:
+        _round_layers(block, linears, dtype)
+    if next(iter(block.state_dict().values())).is_cuda:
+        join_qkv(block)
 
 
 def file_format(net: nn.Module) -> str:
@@ -38,7 +50,7 @@ def file_format(net: nn.Module) -> str:
     `ops.rows.FORMATS`, "fp8_scaled" (in bfloat16 once expanded), or "mixed".
     """
     formats = {
-        "fp8_scaled" if isinstance(layer, Fp8Linear) else format_of(layer)
+        "fp8_scaled" if isinstance(layer, ScaledLinear) else format_of(layer)
         for name, layer in net.blocks.named_modules()  # type: ignore[union-attr, operator]
         if is_rounded(layer, name)
     }
@@ -52,13 +64,11 @@ def round_linears(net: WanTransformer, format: str) -> None:
         format: "int8_row", "fp8_row" or "int8_block", or "bf16": full precision, in the dtype of the rest. Layers that
             are in it already stay as they are.
     """
-    for block in net.blocks:
-        round_block(block, format, net.patch_embedding.weight.dtype)
+    _round_layers(net.blocks, format, net.patch_embedding.weight.dtype)
 
 
-def round_block(block: nn.Module, format: str, dtype: torch.dtype) -> None:
-    """`round_linears` of one block. dtype: of the rest."""
-    for module in list(block.modules()):
+def _round_layers(part: nn.Module, format: str, dtype: torch.dtype) -> None:
+    for module in list(part.modules()):
         for name, layer in list(module.named_children()):
             if not is_rounded(layer, name):
                 continue
@@ -88,7 +98,7 @@ def _whole_linear(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it multiplies by a weight [N, K], however that is stored."""
-    return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, Fp8Linear))
+    return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, ScaledLinear))
 
 
 def is_rounded(module: nn.Module, name: str = "") -> bool:
@@ -107,17 +117,13 @@ def full_weight(layer: nn.Module) -> Tensor:
         return ops.dequantize_int8_blockwise(layer.int8_weight, layer.scale)
     if isinstance(layer, RowLinear):
         return layer.weight.float() * layer.weight_scale
-    if isinstance(layer, Fp8Linear):
+    if isinstance(layer, ScaledLinear):
         return layer.weight.float() * layer.scale_weight.float().view(-1, 1)
     return layer.weight.detach()  # type: ignore[operator, return-value]
 
 
 def join_qkv(net: nn.Module) -> None:
-    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only.
-
-    Args:
-        net: a transformer, or a block of one.
-    """
+    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only."""
     for attention in [module for module in net.modules() if isinstance(module, SelfAttention)]:
         if attention.qkv is None and _joinable([attention.q, attention.k, attention.v]):
             attention.qkv = _joined([attention.q, attention.k, attention.v])

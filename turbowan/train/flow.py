@@ -283,7 +283,6 @@ def export(model: FlowModel, folder: Path) -> None:
     transformer = {key: _to_file(value) for key, value in model.transformer.state_dict().items()}
     write_tensors(folder / "transformer.safetensors", write_transformer(transformer))
     encoder = model.text_encoder.model.state_dict()
-    encoder.pop("encoder.embed_tokens.weight", None)
     write_tensors(folder / "text_encoder.safetensors", write_text_encoder({k: _to_file(v) for k, v in encoder.items()}))
 
 
