@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig
 
 import turbowan
-from turbowan import Engine, GenerateRequest
+from turbowan import Engine, GenerateRequest, stages
 from turbowan.checkpoints import load_text_encoder, load_transformer, load_vae
 from turbowan.checkpoints.files import write_tensors
 from turbowan.checkpoints.load import load_image_encoder
@@ -121,6 +121,66 @@ def test_progress_tells_every_stage_and_its_exception_ends_the_work(tiny):
     assert quiet(tiny, GenerateRequest(prompt="a red circle", num_steps=1, **SMALL)).frames.shape == (9, 64, 96, 3)
 
 
+class Sink:
+    """Notes what comes, and how far the decoder was then."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.begun: tuple = ()
+        self.frames: dict[int, list[np.ndarray]] = {}
+        self.events: list[object] = []
+        self.fails_at = fails_at
+
+    def begin(self, num_samples: int, num_frames: int, fps: int, settings) -> None:
+        assert self.events == []
+        self.begun = num_samples, num_frames, fps, settings
+
+    def add(self, sample: int, frames: np.ndarray) -> None:
+        self.events.append(sample)
+        if len(self.events) == self.fails_at:
+            raise OSError("no room")
+        self.frames.setdefault(sample, []).append(frames.copy())
+
+
+def test_a_sink_gets_the_frames_while_others_are_decoded(tiny, monkeypatch):
+    """Samples in groups of two, then one; each chunk is handed over before the next is decoded."""
+    monkeypatch.setitem(stages.DECODE_PIXELS, "cpu", 2 * 96 * 64)
+    sink = Sink()
+    request = GenerateRequest(prompt="a red circle", num_steps=1, num_samples=3, **SMALL)
+    result = quiet(tiny, request, progress=sink.events.append, sink=sink)
+    assert sink.begun == (3, 9, result.fps, result.settings)
+    assert [[len(part) for part in sink.frames[i]] for i in range(3)] == [[1, 4, 4]] * 3
+    for i, video in enumerate(result.videos):
+        assert np.array_equal(np.concatenate(sink.frames[i]), video)
+    decoding = [at for at in sink.events if isinstance(at, int) or at.stage == "decode"]
+    order = [at if isinstance(at, int) else at.done for at in decoding]
+    assert order == [0, *(0, 1, 2), *(0, 1, 4), *(0, 1, 6), *(2, 7), *(2, 8), *(2, 9)]
+
+
+def test_a_sink_that_fails_ends_the_generation_and_the_next_one_works(tiny):
+    request = GenerateRequest(prompt="a red circle", num_steps=1, **SMALL)
+    sink = Sink(fails_at=2)
+    with pytest.raises(OSError, match="no room"):
+        quiet(tiny, request, sink=sink)
+    assert sink.events == [0, 0]
+    assert quiet(tiny, request, sink=(again := Sink())).frames.shape == (9, 64, 96, 3)
+    assert again.events == [0, 0, 0]
+
+
+@pytest.mark.parametrize("sampler", ["rcm", "euler", "unipc"])
+def test_previews_come_nearer_to_the_video_and_change_nothing(tiny, sampler):
+    seen = []
+    asked = {"prompt": "a large red circle on a plain blue background", "num_steps": 4, "sampler": sampler, **SMALL}
+    request = GenerateRequest(num_samples=2, seed=3, **asked)
+    result = quiet(tiny, request, preview=lambda step, frames: seen.append((step, frames)))
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert all((f.shape, f.dtype) == ((2, 3, 8, 12, 3), np.uint8) for _, f in seen)
+    assert all(np.array_equal(a, b) for a, b in zip(result.videos, quiet(tiny, request).videos, strict=True))
+    small = np.stack([video[[0, 3, 7]].reshape(3, 8, 8, 12, 8, 3).mean(axis=(2, 4)) for video in result.videos])
+    error = [np.square(frames - small).mean() for _, frames in seen]
+    assert error[-1] < error[0]
+    assert 10 * np.log10(255**2 / error[-1]) > 13
+
+
 def test_few_steps_of_an_undistilled_model_are_remarked_on():
     engine = Engine.load("tiny-base", device="cpu")
     with pytest.warns(UserWarning, match="4 steps are too few"):
@@ -217,9 +277,9 @@ def test_image_to_video_with_clip_tokens(tmp_path, fresh_seed, relative_error):
         found = []
         decode = Run.decode
 
-        def keep(run: Run, value: torch.Tensor) -> list[np.ndarray]:
+        def keep(run: Run, value: torch.Tensor, sink: object) -> list[np.ndarray]:
             found.append(value)
-            return decode(run, value)
+            return decode(run, value, sink)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Run, "decode", keep)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine, Progress
     from .errors import TurbowanError
+    from .media.saving import VideoFiles
     from .request import GenerateRequest, GenerateResult
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "GenerateRequest", "GenerateResult", "Progress", "TurbowanError", "ops"]
+__all__ = ["Engine", "GenerateRequest", "GenerateResult", "Progress", "TurbowanError", "VideoFiles", "ops"]
 
 _PLACES = {
     "Engine": ".engine",
@@ -19,6 +20,7 @@ _PLACES = {
     "GenerateRequest": ".request",
     "GenerateResult": ".request",
     "TurbowanError": ".errors",
+    "VideoFiles": ".media.saving",
 }
 
 

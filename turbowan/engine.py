@@ -26,9 +26,9 @@ from .memory.plan import Model, Plan, make_plan
 from .memory.residency import Residency
 from .memory.room import capped, find_room
 from .memory.sizes import PartSize, part_size
-from .request import GenerateRequest, GenerateResult
+from .request import FrameSink, GenerateRequest, GenerateResult
 from .settings import Settings, resolve
-from .stages import Execution, Run
+from .stages import Execution, PreviewCallback, Run
 
 EIGHT_BIT = ("int8_row", "fp8_row", "int8_block")
 
@@ -89,20 +89,34 @@ class Engine:
                 raise CheckpointError(f"{role.replace('_', ' ')} file {path} does not exist")
         return cls(find_model(model, files), choose_device(device), block_q, block_k)
 
-    def generate(self, request: GenerateRequest, progress: ProgressCallback | None = None) -> GenerateResult:
+    def generate(
+        self,
+        request: GenerateRequest,
+        progress: ProgressCallback | None = None,
+        sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
+    ) -> GenerateResult:
         """Carry out one request.
 
         Args:
             progress: called as stages go on; an exception it raises ends the generation between two steps.
+            sink: gets the frames while later ones are decoded, such as `media.saving.VideoFiles`, which writes them.
+            preview: called with each step (from 1) and what it takes the clean videos to be, uint8 [B, T, h, w, 3]:
+                an eighth of the size, the first frame and one of every four after it.
 
         Raises:
             RequestError: the request does not fit the model.
         """
-        return self.generate_batch([request.prompt] * request.num_samples, request, progress)
+        return self.generate_batch([request.prompt] * request.num_samples, request, progress, sink, preview)
 
     @torch.inference_mode()
     def generate_batch(
-        self, prompts: Sequence[str], request: GenerateRequest, progress: ProgressCallback | None = None
+        self,
+        prompts: Sequence[str],
+        request: GenerateRequest,
+        progress: ProgressCallback | None = None,
+        sink: FrameSink | None = None,
+        preview: PreviewCallback | None = None,
     ) -> GenerateResult:
         """One sample for each prompt, together; all else is the request's (its prompt and num_samples do not count)."""
         job = self._prepare(request, len(prompts))
@@ -111,6 +125,9 @@ class Engine:
                 warnings.warn(line, Note, stacklevel=2)
         plan, settings = job.plan, job.settings
         self.parts.follow(plan.places)
+        facts = {"model": self.manifest.name, **settings.as_dict(), **job.how.facts()}
+        if sink is not None:
+            sink.begin(settings.num_samples, settings.num_frames, settings.fps, facts)
         report = progress or (lambda _: None)
         run = Run(self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, job.how, report, plan)
         foreign = 0
@@ -123,9 +140,9 @@ class Engine:
                 texts = run.encode_text(prompts)
                 condition = run.condition(texts, job.image)
                 self.parts.tidy(foreign)
-                latent = run.denoise(condition)
+                latent = run.denoise(condition, preview)
                 self.parts.tidy(foreign)
-                videos = run.decode(latent)
+                videos = run.decode(latent, sink)
                 self.parts.tidy(foreign)
         except torch.OutOfMemoryError as error:
             self.parts.clear()
@@ -141,7 +158,7 @@ class Engine:
             videos=videos,
             fps=settings.fps,
             seed=settings.seed,
-            settings={"model": self.manifest.name, **settings.as_dict(), **job.how.facts()},
+            settings=facts,
             stages=run.clock.seconds,
             peak_memory=peak_memory(self.device),
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -166,6 +166,16 @@ def _positive(name: str, value: float | None) -> None:
         raise RequestError(f"{name} must be positive, got {value}")
 
 
+class FrameSink(Protocol):
+    """Where a generation's frames go as soon as they are decoded; an exception raised here ends the generation."""
+
+    def begin(self, num_samples: int, num_frames: int, fps: int, settings: Mapping[str, object]) -> None:
+        """Before any work is done: what will come, and the result's settings."""
+
+    def add(self, sample: int, frames: np.ndarray) -> None:
+        """A sample's next frames, uint8 [t, H, W, 3]: a part of the result's videos, which does not change any more."""
+
+
 @dataclass(frozen=True)
 class GenerateResult:
     """What a generation gave.
@@ -195,7 +205,7 @@ class GenerateResult:
         Returns:
             The paths written.
         """
-        from .media.video import save_videos
+        from .media.saving import save_videos
 
         return save_videos(self, Path(path))
 

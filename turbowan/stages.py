@@ -19,6 +19,8 @@ from .checkpoints.manifest import TRANSFORMERS, Manifest
 from .clock import Clock, Progress, ProgressCallback
 from .errors import MachineError
 from .media.image import to_tensor
+from .media.preview import fit_colours, to_colours
+from .media.transfer import to_host
 from .memory.plan import Plan
 from .memory.residency import Residency
 from .models.pack import file_format, prepare_block
@@ -27,17 +29,18 @@ from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
 from .ops import FormatChoice, choose_format, compute_dtype
 from .ops.rows import FORMATS
-from .request import GenerateRequest
+from .request import FrameSink, GenerateRequest
 from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
 from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
 LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}  # by the request's precision
-LOADERS = {
+LOADERS: dict[str, Callable[..., Any]] = {
     "text_encoder": load_text_encoder, "image_encoder": load_image_encoder, "vae": load_vae,
     **dict.fromkeys(TRANSFORMERS, load_transformer),
 }  # fmt: skip
+PreviewCallback = Callable[[int, np.ndarray], None]
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
 
@@ -234,7 +237,7 @@ class Run:
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
 
-    def denoise(self, condition: Condition) -> Tensor:
+    def denoise(self, condition: Condition, preview: PreviewCallback | None = None) -> Tensor:
         """The final latent, float32 [B, 16, T, h, w]."""
         settings = self.settings
         shape = (
@@ -242,6 +245,8 @@ class Run:
             settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR,
         )  # fmt: skip
         velocity = self._velocity_function(condition)
+        if preview is not None:
+            velocity = self._previewed(velocity, preview)
 
         def on_step(i: int, latent: Tensor, t: float) -> None:
             self.report(Progress("denoise", i + 1, settings.num_steps))
@@ -286,6 +291,20 @@ class Run:
 
         return velocity
 
+    def _previewed(self, velocity: rcm.VelocityFunction, preview: PreviewCallback) -> rcm.VelocityFunction:
+        """The same function, showing what each step takes the clean latent to be."""
+        vae = self._part("vae")
+        with self.clock.stage("condition"):
+            colours = fit_colours(vae.encode)
+        self.parts.done("vae")
+
+        def shown(latent: Tensor, t: float, step: int) -> Tensor:
+            found = velocity(latent, t, step)
+            preview(step + 1, to_colours(latent - t * found, colours))
+            return found
+
+        return shown
+
     def _tell(self, net: WanTransformer, condition: Condition) -> list[Context]:
         """What this expert makes of the prompts and, with guidance, of the negative ones: once for all its steps."""
         if self._told is None or self._told[0] is not net:
@@ -307,21 +326,25 @@ class Run:
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
 
-    def decode(self, latent: Tensor) -> list[np.ndarray]:
-        """uint8 [T, H, W, 3] per sample."""
-        vae = self._part("vae")
-        videos = []
-        done, total = 0, self.settings.num_samples * latent.shape[2]
+    def decode(self, latent: Tensor, sink: FrameSink | None = None) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] per sample; the sink gets them while later ones are decoded."""
+        vae, budget = self._part("vae"), None if self.plan is None else self.plan.decode_budget
+        settings, videos = self.settings, list[np.ndarray]()
+        done, total = 0, settings.num_samples * latent.shape[2]
         self.report(Progress("decode", 0, total))
-        together = max(1, DECODE_PIXELS[self.device.type] // (self.settings.width * self.settings.height))
+        together = max(1, DECODE_PIXELS[self.device.type] // (settings.width * settings.height))
+        size = settings.num_frames, settings.height, settings.width, 3
         with self.clock.stage("decode"):
             for samples in latent.split(together):
-                chunks = []
-                for chunk in vae.decode_stream(samples, None if self.plan is None else self.plan.decode_budget):
-                    chunks.append(to_uint8(chunk).cpu())
+                frames = torch.empty(len(samples), *size, dtype=torch.uint8)
+                made = list(frames.numpy())
+                for start, stop in to_host(map(to_uint8, vae.decode_stream(samples, budget)), frames):
+                    if sink is not None:
+                        for i, video in enumerate(made, len(videos)):
+                            sink.add(i, video[start:stop])
                     done += len(samples)
                     self.report(Progress("decode", done, total))
-                videos += list(torch.cat(chunks, dim=2).permute(0, 2, 3, 4, 1).contiguous().numpy())
+                videos += made
         self.parts.done("vae")
         return videos
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from turbowan.cli.main import app
@@ -116,3 +117,47 @@ def test_ctrl_c_stops_between_steps_and_leaves_nothing(tmp_path):
     assert work.stdout.read() == b""
     assert shown.decode().strip().splitlines()[-1] == "turbowan: stopped"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_decoding_leaves_nothing(tmp_path):
+    """The encoder's thread has begun its file by then."""
+    arguments = ["-p", "a red circle", "--width", "128", "--height", "96", "--num-frames", "81", "--num-steps", "1"]
+    ours, terminal = pty.openpty()
+    work = subprocess.Popen(command(*arguments, "-o", tmp_path / "v.mp4"), stdout=subprocess.PIPE, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    while b"decode    2/" not in shown:
+        shown += os.read(ours, 1000)
+    work.send_signal(signal.SIGINT)
+    with suppress(OSError):
+        while more := os.read(ours, 1000):
+            shown += more
+    assert work.wait(timeout=60) == 130
+    assert work.stdout.read() == b""
+    assert shown.decode().strip().splitlines()[-1] == "turbowan: stopped"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png"])
+def test_a_disk_without_room_is_one_line_exit_code_2_and_no_file(suffix, tmp_path):
+    """As the kernel says it of a file that may not grow beyond a kilobyte; the GPU's work ends, too."""
+    resource = pytest.importorskip("resource")
+    target = tmp_path / f"v{suffix}"
+    arguments = ["--prompt", "a red circle", "--num-samples", "2", "-o", target, *SMALL]
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"turbowan: cannot write {tmp_path / 'v-0'}{suffix}: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preview_lies_beside_the_video(tmp_path):
+    done = turbowan("--prompt", "a red circle", "--preview", "-o", tmp_path / "v.mp4", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "v.mp4")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.mp4", "v.preview.gif"]
+    with Image.open(tmp_path / "v.preview.gif") as gif:
+        assert (gif.size, gif.n_frames) == ((16, 12), 2)

@@ -23,6 +23,9 @@ def generate(
     image: Annotated[Path | None, typer.Option("--image", "-i", help="First frame, for image-to-video models.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What it should not show (models with guidance).")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help=".mp4, .webm, .gif or .png.")] = Path("out/video.mp4"),
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what is coming: OUT.preview.gif at each step, and in the terminal.")
+    ] = False,
     print_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON per video.")] = False,
     model: Annotated[
         str | None, typer.Option(help="tiny, tiny-i2v, tiny-base, a folder or a manifest.", rich_help_panel=_FILES)
@@ -67,6 +70,7 @@ def generate(
     ] = False,
 ) -> None:
     """Make a video from a prompt (and an image). What is left open comes from the model's manifest."""
+    from ..media.saving import VideoFiles
     from ..media.video import check_target
     from ..request import GenerateRequest
     from ..terminal import ProgressLine, between_steps
@@ -89,6 +93,11 @@ def generate(
 
     from ..checkpoints.find import default_model
     from ..engine import Engine, Progress
+    from ..media.preview import PreviewFile
+    from ..media.terminal_picture import TerminalPicture
+
+    picture = TerminalPicture(sys.stderr)
+    previews = [PreviewFile(target, picture) if preview else None for target in targets]
 
     if not any((model, transformer, high_noise, low_noise)):
         model = default_model(image is not None)
@@ -106,10 +115,11 @@ def generate(
             check()
             line(at)
 
-        for request, target in zip(requests, targets, strict=True):
+        for request, target, show in zip(requests, targets, previews, strict=True):
             check()
-            result = engine.generate(request, progress)
-            files = [str(path) for path in result.save(target)]
+            with VideoFiles(target) as out_files:
+                result = engine.generate(request, progress, out_files, show)
+                files = [str(path) for path in out_files.close(result)]
             print(json.dumps({"files": files, **result.summary()}) if print_json else "\n".join(files), flush=True)
             if sys.stderr.isatty():
                 stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.stages.items() if seconds)

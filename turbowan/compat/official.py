@@ -100,7 +100,8 @@ def run(args: argparse.Namespace, files: dict[str, Any], **more: Any) -> Path:
     import torch
 
     from ..engine import Engine, choose_device
-    from ..media.video import check_target, save_side_by_side
+    from ..media.saving import save_side_by_side
+    from ..media.video import check_target
     from ..terminal import ProgressLine
 
     device = choose_device("auto")

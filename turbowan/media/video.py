@@ -1,88 +1,188 @@
-"""Writing videos with PyAV: mp4 (H.264), webm (VP9), gif, or a folder of PNG pictures. Whole or not at all."""
+"""Writing a video while its frames are being made: mp4, webm, gif, or a folder of pictures. Whole or not at all."""
 
 from __future__ import annotations
 
-import json
+import glob
 import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from threading import Thread
 
-import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import Colorspace
-from PIL import Image, PngImagePlugin
 
 from ..errors import MediaError
+from .formats import write_container, write_gif, write_jpeg, write_png
 
 FORMATS = (".mp4", ".webm", ".gif", ".png")
-CRF = {".mp4": 18, ".webm": 31}
-VP9_OPTIONS = {"b": "0", "row-mt": "1", "cpu-used": "4"}
-BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers
-JPEG_QUALITY = 85
 
 
-class Result(Protocol):
-    """The parts of a generation's result that are written."""
-
-    @property
-    def videos(self) -> list[np.ndarray]: ...
-    @property
-    def fps(self) -> int: ...
-    @property
-    def settings(self) -> Mapping[str, object]: ...
-    @property
-    def stages(self) -> dict[str, float]: ...
-
-
-def save_videos(result: Result, path: Path) -> list[Path]:
-    """Write each sample under `path`, numbered when there are several, and note the seconds in `result.stages`."""
-    with _write_stage(result):
-        check_target(path)
-        paths = [path]
-        if len(result.videos) > 1:
-            paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(result.videos))]
-        metadata = _metadata(result)
-        return [write_video(t, video, result.fps, metadata) for t, video in zip(paths, result.videos, strict=True)]
-
-
-def save_side_by_side(result: Result, path: Path, crf: int) -> Path:
-    """Write all samples as one picture wide as all of them, the way the official scripts do.
-
-    The file is an mp4, or a JPEG (quality 85) where the samples have a single frame, whatever suffix `path` has; one
-    without a suffix gets .mp4 or .jpg. The seconds go to `result.stages`.
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    fps: int,
+    metadata: Mapping[str, str] | None = None,
+    crf: int | None = None,
+    kind: str | None = None,
+    loop: bool = True,
+    optimize: bool = False,
+) -> Path:
+    """Write one video whose frames are all there.
 
     Args:
-        crf: quality of the mp4, lower is better.
+        frames: uint8 [T, H, W, 3]. The others are those of `VideoWriter`.
 
     Returns:
-        The path written.
+        What was written: `path`, or the folder of pictures.
+
+    Raises:
+        MediaError: the file cannot be written.
     """
-    kind = ".jpg" if len(result.videos[0]) == 1 else ".mp4"
-    with _write_stage(result):
-        frames = np.concatenate(result.videos, axis=2)
-        target = path if path.suffix else path.with_suffix(kind)
-        return write_video(target, frames, result.fps, _metadata(result), crf, kind)
+    with VideoWriter(path, len(frames), fps, metadata, crf, kind, loop, optimize) as writer:
+        writer.add(frames)
+        return writer.close()
 
 
-def _metadata(result: Result) -> dict[str, str]:
-    return {"prompt": str(result.settings.get("prompt", "")), "settings": json.dumps(dict(result.settings))}
+class VideoWriter:
+    """A video that a thread encodes while later frames are still being made.
 
+    Used in a `with` statement: `add` takes the frames in order, in any portions, and never waits; `close` waits until
+    they are encoded and gives the file its name. Until then it has a hidden one, and what an earlier run wrote under
+    the name stays. On any error within the statement nothing is left.
 
-@contextmanager
-def _write_stage(result: Result) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - started
-    result.stages["write"] += seconds
-    result.stages["total"] += seconds
+    Args:
+        path: .mp4, .webm, .gif, or .png (a folder NAME/ of 00000.png, 00001.png …; a single frame is NAME.png itself).
+        num_frames: how many there will be.
+        fps: frames per second.
+        metadata: kept in the container's comment (mp4, webm, gif) or in each picture's text (png).
+        crf: quality of mp4 and webm, lower is better, at the codec's default speed; without it, one that keeps up with
+            a GPU's decoder for mp4, and 31 for webm.
+        kind: the suffix of the format to write, whatever `path` ends in; also ".jpg", for a single frame.
+        loop: whether a gif plays again and again. optimize: take longer for a smaller gif.
+
+    Raises:
+        MediaError: the file cannot be written: at once, or from `add` or `close` after the thread has failed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        num_frames: int,
+        fps: int,
+        metadata: Mapping[str, str] | None = None,
+        crf: int | None = None,
+        kind: str | None = None,
+        loop: bool = True,
+        optimize: bool = False,
+    ) -> None:
+        check_target(path, kind is not None, num_frames)
+        self._suffix = kind or path.suffix.lower()
+        self._num_frames, self._fps, self._metadata = num_frames, fps, metadata or {}
+        self._crf, self._loop, self._optimize = crf, loop, optimize
+        self._path = path
+        self._target = path.with_suffix("") if self._suffix == ".png" and num_frames > 1 else path
+        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.part{self._suffix}")
+        self._missing = num_frames
+        self._closed = self._stopped = False
+        self._error: BaseException | None = None
+        self._parts: SimpleQueue[np.ndarray | None] = SimpleQueue()  # of any length: it holds no copies
+        remove_leftovers(path, self._suffix)
+        self._thread = Thread(target=self._encode, name=f"writes {path.name}", daemon=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
+
+    def add(self, frames: np.ndarray) -> None:
+        """The next frames, uint8 [t, H, W, 3], which do not change any more."""
+        if len(frames) > self._missing:
+            raise ValueError(f"{len(frames)} more frames, where {self._missing} of {self._num_frames} are missing")
+        self._raise_error()
+        self._missing -= len(frames)
+        self._parts.put(frames)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until all frames are encoded; the file keeps its hidden name."""
+        if self._missing:
+            raise ValueError(f"{self._missing} of {self._num_frames} frames are missing")
+        self._thread.join()
+        self._raise_error()
+
+    def close(self) -> Path:
+        """`wait`, and give the file its name. Returns what was written: `path`, or the folder of pictures."""
+        if not self._closed:
+            try:
+                self.wait()
+                try:
+                    _replace(self._partial, self._target)
+                except OSError as error:
+                    self._error = error
+                    self._raise_error()
+            except BaseException:
+                self.stop()
+                raise
+            self._closed = True
+        return self._target
+
+    def stop(self) -> None:
+        """Give up, unless the file has its name: the thread ends after the frame it is at, and nothing is left."""
+        if self._closed:
+            return
+        self._stopped = True
+        self._parts.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+        _remove(self._partial)
+
+    def _raise_error(self) -> None:
+        if self._error is None:
+            return
+        if isinstance(self._error, (OSError, FFmpegError)):
+            reason = self._error.strerror or self._error
+            raise MediaError(f"cannot write {self._path}: {reason}") from self._error
+        raise self._error
+
+    def _encode(self) -> None:
+        """What the thread does."""
+        try:
+            frames = self._frames()
+            if self._suffix == ".png":
+                write_png(self._partial, frames, self._num_frames, self._metadata)
+            elif self._suffix == ".jpg":
+                write_jpeg(self._partial, frames)
+            elif self._suffix == ".gif":
+                write_gif(
+                    self._partial, frames, self._num_frames, self._fps, self._metadata, self._loop, self._optimize
+                )
+            else:
+                write_container(self._partial, frames, self._fps, self._metadata, self._crf)
+        except BaseException as error:  # for the thread that adds frames
+            self._error = error
+            _remove(self._partial)
+
+    def _frames(self) -> Iterator[np.ndarray]:
+        missing = self._num_frames
+        while missing:
+            part = self._parts.get()
+            for frame in () if part is None else part:
+                if self._stopped:
+                    break
+                yield frame
+            if part is None or self._stopped:
+                raise InterruptedError("stopped")
+            missing -= len(part)
 
 
 def check_target(path: Path, any_suffix: bool = False, num_frames: int = 1) -> None:
@@ -112,112 +212,43 @@ def check_target(path: Path, any_suffix: bool = False, num_frames: int = 1) -> N
         _check_picture_folder(path.with_suffix(""))
 
 
-def write_video(
-    path: Path,
-    frames: np.ndarray,
-    fps: int,
-    metadata: Mapping[str, str] | None = None,
-    crf: int | None = None,
-    kind: str | None = None,
-    loop: bool = True,
-    optimize: bool = False,
-) -> Path:
-    """Write one video.
+def remove_leftovers(path: Path, suffix: str) -> None:
+    """Delete what processes that were killed left of this video under hidden names."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.part{suffix}"):
+        owner = re.fullmatch(r".*\.(\d+)(\.old)?\.part\.\w+", left.name)
+        if owner and not _runs(int(owner[1])):
+            _remove(left)
 
-    Args:
-        path: .mp4, .webm, .gif, or .png (a folder NAME/ of 00000.png, 00001.png …; a single frame is NAME.png itself).
-            What an earlier run wrote there is replaced.
-        frames: uint8 [T, H, W, 3].
-        fps: frames per second.
-        metadata: kept in the container's comment (mp4, webm, gif) or in each picture's text (png).
-        crf: quality of mp4 and webm, lower is better; 18 and 31 by default.
-        kind: the suffix of the format to write, whatever `path` ends in; also ".jpg", for a single frame.
-        loop: whether a gif plays again and again. optimize: take longer for a smaller gif.
 
-    Returns:
-        What was written: `path`, or the folder of pictures.
-
-    Raises:
-        MediaError: the file cannot be written.
-    """
-    check_target(path, kind is not None, len(frames))
-    suffix = kind or path.suffix.lower()
-    metadata = metadata or {}
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.part{suffix}")
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than this one."""
+    if os.name != "posix":
+        return False  # Windows refuses to delete what a process has open
     try:
-        if suffix == ".png":
-            return _write_pictures(partial, path, frames, metadata)
-        if suffix == ".jpg":
-            Image.fromarray(frames[0]).save(partial, quality=JPEG_QUALITY)
-        elif suffix == ".gif":
-            _write_gif(partial, frames, fps, metadata, loop, optimize)
-        else:
-            _write_container(partial, frames, fps, metadata, CRF[suffix] if crf is None else crf)
-        partial.replace(path)
-        return path
-    except (OSError, FFmpegError) as error:
-        raise MediaError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        os.kill(process, 0)  # asks, sends nothing
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return process != os.getpid()
 
 
-def _write_container(path: Path, frames: np.ndarray, fps: int, metadata: Mapping[str, str], crf: int) -> None:
-    """H.264 or VP9, 4:2:0, converted and tagged as BT.709: untagged files are shown in other colours from 720p on."""
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise MediaError(f"{path.suffix} files need an even width and height, got {width}x{height}; write .png or .gif")
-    codec = "libx264" if path.suffix == ".mp4" else "libvpx-vp9"
-    options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
-    with av.open(str(path), "w", options=options) as container:
-        container.metadata["title"] = metadata.get("prompt", "")[:500]
-        container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False)
-        stream: Any = container.add_stream(codec, rate=fps)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": str(crf), **(VP9_OPTIONS if codec == "libvpx-vp9" else {})}
-        coder = stream.codec_context
-        coder.colorspace = coder.color_primaries = coder.color_trc = BT709
-        coder.color_range = LIMITED_RANGE
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-
-
-def _write_gif(
-    path: Path, frames: np.ndarray, fps: int, metadata: Mapping[str, str], loop: bool, optimize: bool
-) -> None:
-    """A gif counts in hundredths of a second: rounded so that the whole keeps its length. Equal frames become one."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    ends = [round(100 * i / fps) for i in range(len(frames) + 1)]
-    durations = [10 * (end - start) for start, end in pairwise(ends)]
-    repeat: dict[str, Any] = {"loop": 0} if loop else {}
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=durations, optimize=optimize,
-        comment=json.dumps(dict(metadata)).encode(), **repeat,
-    )  # fmt: skip
-
-
-def _write_pictures(partial: Path, path: Path, frames: np.ndarray, metadata: Mapping[str, str]) -> Path:
-    text = PngImagePlugin.PngInfo()
-    for key, value in metadata.items():
-        text.add_itxt(key, value)
-    if len(frames) == 1:
-        Image.fromarray(frames[0]).save(partial, pnginfo=text)
-        partial.replace(path)
-        return path
-    folder = path.with_suffix("")
-    partial.mkdir()
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(partial / f"{i:05d}.png", pnginfo=text)
-    if folder.exists():
-        earlier = partial.with_suffix(".old")
-        folder.replace(earlier)
-        partial.replace(folder)
+def _replace(partial: Path, target: Path) -> None:
+    """Rename; a folder in the target's place is deleted after it."""
+    if target.is_dir():
+        stem = partial.name.removesuffix(f".part{partial.suffix}")
+        earlier = partial.with_name(f"{stem}.old.part{partial.suffix}")
+        target.replace(earlier)
+        partial.replace(target)
         shutil.rmtree(earlier)
     else:
-        partial.replace(folder)
-    return folder
+        partial.replace(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _check_picture_folder(folder: Path) -> None:

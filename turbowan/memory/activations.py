@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..media.transfer import IN_FLIGHT
 from ..models import vae_tiles
 from ..models.transformer import HEAD_SIZE, TransformerConfig
 from ..models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames
@@ -71,9 +72,9 @@ def denoise_bytes(config: TransformerConfig, work: Work, told: bool = True) -> i
 
     Per token, with D and F the widths, d bytes a number and r bytes a number of the rows that linear layers read: the
     stream and the last change, which the caller of a block still holds, and the new stream (3 d D). At the end of
-    self-attention, the rows (r D), q, k and v (3 d D), q and k rotated (2 d D), the result (d D), its rows (r D, only in
-    8 bits) and its projection (d D). Or, in the feed-forward layers, the results of both attentions (2 d D), the rows
-    (r D), the hidden layer (d F), its rows (r F, or d F where GELU is a pass of its own) and the result (d D), the last
+    self-attention, rows (r D), q, k and v (3 d D), q and k rotated (2 d D), the result (d D), its rows (r D, only
+    in 8 bits) and its projection (d D). Or, in the feed-forward layers, the results of both attentions (2 d D), the rows
+    (r D), the hidden layer (d F), its rows (r F, or d F if GELU is a pass of its own) and the result (d D), the last
     two not at once.
 
     Besides, per token: the rotation's tables (512 bytes), the sampler's state, velocity and noises. And what every
@@ -131,9 +132,10 @@ def _rising(coder: Coder, work: Work, grid: vae_tiles.Grid) -> int:
 
 
 def piece_bytes(work: Work, grid: vae_tiles.Grid) -> int:
-    """Frames of a chunk in float32, and four of them on their way to bytes."""
+    """Frames of a chunk in float32, four of them on their way to bytes, and bytes on their way to the host."""
     _, height, width = work.latent
-    return 4 * 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR * (grid.latents + 3)
+    one = 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR
+    return 4 * one * (grid.latents + 3) + one * IN_FLIGHT
 
 
 def _largest(grid: vae_tiles.Grid, height: int, width: int, halo: int) -> int:

@@ -20,8 +20,8 @@ class Lender:
 
     Before a unit runs, its weights that lie elsewhere than its input are copied there; after it, however it ended, the
     ones on the host are back in their place. They are never copied back. On a GPU the copies of the next unit that
-    needs any run beside the present work, so that about two units are there at a time. Units that stay keep their copies from
-    their first turn on, until `release`.
+    needs any run beside the present work, so that about two units are there at a time. Units that stay keep their
+    copies from their first turn on, until `release`.
 
     Args:
         units: the whole network, then its blocks in the order they run. A unit's weights are the parameters and buffers
@@ -146,8 +146,8 @@ class Lender:
         """A unit's weights on the device.
 
         Memory is taken in the order of the present stream's work and given back in it, so that it goes round however
-        far the host is ahead of the GPU. The copies begin when all work up to here is done: another unit's weights may have
-        been in that memory.
+        far the host is ahead of the GPU. The copies begin when all work up to here is done: another unit's
+        weights may have been in that memory.
 
         Args:
             beside: on a stream of their own; whoever uses them waits for it.

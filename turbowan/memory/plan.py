@@ -68,7 +68,8 @@ class Plan:
 
     places: by role. peaks: bytes on the device at most, by stage, 0 where a stage has nothing to do. usable: bytes they
     had to fit in. cap: bytes PyTorch is held to, with a budget. decode_budget, encode_budget: bytes for the VAE's
-    layers (None: it may choose). grid: what decoding will make of it. early: the transformers load while the text is encoded.
+    layers (None: it may choose). grid: what decoding will make of it. early: the transformers load
+    while the text is encoded.
     """
 
     mode: str
