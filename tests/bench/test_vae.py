@@ -16,9 +16,11 @@ def test_every_kernel_and_convolution(monkeypatch, kernels):
         result = case.run()
         done[case.name] = result
         assert case.flops or case.bytes
-    assert len(done) == 18 + 1 + 1 + 5 + (3 if kernels.type == "cuda" else 0)
+    assert len(done) == 18 + 1 + 1 + 6 + (3 if kernels.type == "cuda" else 0)
     assert torch.allclose(done["conv3d"].float(), done["conv3d, padded before"].float(), rtol=0.02, atol=0.1)
     assert torch.allclose(done["conv3d"].float(), done["conv3d, 32 more results"][:, :16].float(), rtol=0.02, atol=0.1)
+    pairs = done["conv3d, pairs of columns"].unflatten(1, (2, 16)).movedim(1, -1).flatten(-2)
+    assert torch.allclose(done["conv3d"].float(), pairs.float(), rtol=0.02, atol=0.1)
 
 
 def test_refuses_what_it_does_not_know():

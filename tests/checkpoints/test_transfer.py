@@ -76,8 +76,9 @@ def test_conversion_and_groups(tmp_path: Path) -> None:
             assert torch.equal(bits(value), bits(state[key].to(to.get(key, state[key].dtype)))), key
 
 
-def test_memory_and_views_go_the_same_way(tmp_path: Path) -> None:
-    """Tensors that a reader made in memory, and views of mapped ones."""
+@pytest.mark.parametrize("inference", [True, False])
+def test_memory_and_views_go_the_same_way(tmp_path: Path, inference: bool) -> None:
+    """Tensors that a reader made in memory, and views of mapped ones; in inference mode, as the engine loads, too."""
     whole = torch.randn(300, 40)
     write_tensors(tmp_path / "weights.safetensors", {"whole": whole})
     mapped = read_tensors(tmp_path / "weights.safetensors")["whole"]
@@ -85,7 +86,8 @@ def test_memory_and_views_go_the_same_way(tmp_path: Path) -> None:
     items = {"rows": Item(mapped[17:91], torch.float32), "made": Item(made, torch.float64)}
     assert FileMaps().locate(mapped[17:91]) is not None
     assert FileMaps().locate(made) is None
-    (placed,) = transfer([items], CPU)
+    with torch.inference_mode(inference):
+        (placed,) = transfer([items], CPU)
     assert torch.equal(placed["rows"], whole[17:91])
     assert torch.equal(placed["made"], made.double())
 

@@ -37,18 +37,21 @@ def check_close(ours, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [12, 96] if torch.cuda.is_available() else [12])
 @pytest.mark.parametrize(
-    ("bias", "residual", "gamma", "past", "silu", "lookback", "frames", "keep"),
+    ("bias", "residual", "gamma", "past", "silu", "lookback", "frames", "keep", "margin"),
     [
-        (False, 0, True, False, True, 2, 3, False),
-        (True, 3, True, True, True, 2, 3, True),
-        (True, 2, True, False, True, 2, 5, True),  # a steady clip: both repeat their last frame
-        (True, 0, True, True, True, 2, 3, False),
-        (False, 3, True, False, False, 0, 3, True),  # before the attention
-        (True, 0, False, True, False, 1, 3, False),  # before a convolution over time
-        (True, 3, False, False, False, 2, 4, True),
+        (False, 0, True, False, True, 2, 3, False, 0),
+        (True, 3, True, True, True, 2, 3, True, 1),
+        (True, 2, True, False, True, 2, 5, True, 0),  # a steady clip: both repeat their last frame
+        (True, 0, True, True, True, 2, 3, False, 0),
+        (False, 3, True, False, False, 0, 3, True, 0),  # before the attention
+        (True, 2, True, True, True, 2, 4, False, 1),
+        (True, 0, False, True, False, 1, 3, False, 0),  # before a convolution over time
+        (True, 3, False, False, False, 2, 4, True, 2),
     ],
 )
-def test_causal_input(kernels, guarded, dtype, channels, bias, residual, gamma, past, silu, lookback, frames, keep):
+def test_causal_input(
+    kernels, guarded, dtype, channels, bias, residual, gamma, past, silu, lookback, frames, keep, margin
+):
     size = (5, 7, channels)  # no multiple of what a program takes
     args = (
         draw(kernels, dtype, 2, 3, *size),
@@ -56,7 +59,7 @@ def test_causal_input(kernels, guarded, dtype, channels, bias, residual, gamma, 
         draw(kernels, dtype, 2, residual, *size) if residual else None,
         draw(kernels, dtype, channels) if gamma else None,
         draw(kernels, dtype, 2, lookback, *size) if past else None,
-        silu, lookback, frames, keep,
+        silu, lookback, frames, keep, margin,
     )  # fmt: skip
     ours, expected = guarded(causal_kernel, *args), causal_eager(*args)
     for x, y in zip(ours, expected, strict=True):
@@ -68,7 +71,7 @@ def test_causal_input(kernels, guarded, dtype, channels, bias, residual, gamma, 
 def test_positions_without_length_and_large_values(kernels):
     x = torch.zeros(1, 2, 3, 3, 32, device=kernels, dtype=torch.float16)
     x[:, 1] = 200 * torch.randn(3, 3, 32)
-    args = (x, None, None, torch.full((32,), 30.0, device=kernels).half(), None, True, 2, 2, False)
+    args = (x, None, None, torch.full((32,), 30.0, device=kernels).half(), None, True, 2, 2, False, 0)
     ours, expected = causal_kernel(*args)[0], causal_eager(*args)[0]
     assert torch.equal(ours[:, :3], torch.zeros_like(ours[:, :3]))
     check_close(ours, expected)
@@ -95,7 +98,7 @@ def test_upsample(kernels, guarded, dtype, channels, per_frame, bias, residual, 
 @pytest.mark.parametrize("config", candidates(), ids=str)
 def test_every_candidate_of_the_sweep(kernels, guarded, config):
     x, bias = draw(kernels, torch.float16, 1, 2, 9, 5, 48), draw(kernels, torch.float16, 48)
-    args = (x, bias, x, bias, None, True, 2, 2, True)
+    args = (x, bias, x, bias, None, True, 2, 2, True, 1)
     check_close(guarded(causal_kernel, *args, config)[0], causal_eager(*args)[0])
     check_close(guarded(upsample_kernel, x, bias, x, None, 1, config), upsample_eager(x, bias, x, None, 1))
 
@@ -104,7 +107,7 @@ def test_any_strides_and_the_operation_takes_it_when_told(kernels):
     x = draw(kernels, torch.float16, 2, 16, 3, 4, 5).movedim(1, -1)
     with ops.force(causal_input="triton", upsample="triton"):
         ours = ops.causal_input(x, residual=x, lookback=1), ops.upsample(x, residual=x)
-    check_close(ours[0][0], causal_eager(x, None, x, None, None, False, 1, 3, False)[0])
+    check_close(ours[0][0], causal_eager(x, None, x, None, None, False, 1, 3, False, 0)[0])
     check_close(ours[1], upsample_eager(x, None, x, None, 1))
 
 
@@ -116,14 +119,14 @@ def test_true_sizes(guarded, frames, height, width, channels):
     x, residual = (torch.randn(1, frames, height, width, channels, device="cuda").bfloat16() for _ in range(2))
     bias, gamma = (torch.randn(channels, device="cuda").bfloat16() for _ in range(2))
     past = residual[:, :2].contiguous()
-    args = (x, bias, residual, gamma, past, True, 2, frames, True)
+    args = (x, bias, residual, gamma, past, True, 2, frames, True, 1)
     ours = guarded(causal_kernel, *args)
     for i in range(0, frames, 4):  # the eager twin takes float32 copies
-        part = (x[:, i : i + 4], bias, residual[:, i : i + 4], gamma, past, True, 2, 4, True)
+        part = (x[:, i : i + 4], bias, residual[:, i : i + 4], gamma, past, True, 2, 4, True, 1)
         expected = causal_eager(*part)
         check_close(ours[0][:, 2 + i : 6 + i], expected[0][:, 2:])
         check_close(ours[1][:, i : i + 4], expected[1])
-    assert torch.equal(ours[0][:, :2], past)
+    assert torch.equal(ours[0][:, :2, :, 1:-1], past)
     assert all(torch.equal(a, b) for a, b in zip(causal_kernel(*args), ours, strict=True))
     del ours
     half = x[:, :, : height // 2, : width // 2].contiguous()

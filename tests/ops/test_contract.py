@@ -57,9 +57,9 @@ SAMPLES = {
     ],
     "block_map": [lambda: (draw(2, 3, 150, 64), draw(2, 3, 150, 64), 0.4, 128, 64)],
     "causal_input": [
-        lambda: (*causal_inputs(True), True, 2, 3, True),
-        lambda: (*causal_inputs(False), True, 2, 5, False),
-        lambda: (draw(2, 8, 3, 4, 5).movedim(1, -1), None, None, None, None, False, 1, 3, False),
+        lambda: (*causal_inputs(True), True, 2, 3, True, 0),
+        lambda: (*causal_inputs(False), True, 2, 5, False, 1),
+        lambda: (draw(2, 8, 3, 4, 5).movedim(1, -1), None, None, None, None, False, 1, 3, False, 0),
     ],
     "channel_norm": [
         lambda: (draw(2, 8, 3, 4, 5), draw(8, 1, 1, 1), True),

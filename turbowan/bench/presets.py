@@ -133,6 +133,8 @@ def write_model(
             report(Progress(files[role].stem, done, total, "bytes"))
 
         write_random(files[role], layouts[role], device, seed, count)
+    if missing and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what is measured runs in other processes
     files["tokenizer"] = folder / "tokenizer"
     shutil.copytree(EMBEDDED / "tiny" / "tokenizer", files["tokenizer"], dirs_exist_ok=True)
     family = "turbo-i2v" if preset.experts else "turbo-t2v"

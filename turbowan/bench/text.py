@@ -14,16 +14,16 @@ from ..checkpoints.scales import read_scales
 from ..errors import RequestError
 from ..models.text_encoder import TextEncoder, TextSizes
 from .case import Case
-from .host import graph_facts, host_facts
+from .host import host_facts
 from .op import time_case
 from .random_weights import TEXT_ENCODERS, TEXT_FORMATS, draw_state, text_layout
 
 
-def run_text(format: str, tokens: Sequence[int], repeats: int = 10, graph: bool = False) -> Iterator[dict[str, Any]]:
+def run_text(format: str, tokens: Sequence[int], repeats: int = 10) -> Iterator[dict[str, Any]]:
     """One record per length of prompt: median, rate at which the weights are read, and what the host has to do.
 
     Args:
-        format: of the weights, one of TEXT_FORMATS. tokens: lengths. graph: also time a call as a CUDA graph.
+        format: of the weights, one of TEXT_FORMATS. tokens: lengths.
 
     Raises:
         RequestError: an unknown format, or no GPU.
@@ -46,7 +46,7 @@ def run_text(format: str, tokens: Sequence[int], repeats: int = 10, graph: bool 
             case = Case(f"umt5-xxl {format} {length} tokens", run, {"tokens": length}, flops, read)
             record = time_case(case, repeats)
             if "ms" in record:
-                record |= host_facts(run) | (graph_facts(run, repeats) if graph else {})
+                record |= host_facts(run)
             yield {"bench": "text", "case": case.name, "format": format, **record}
 
 

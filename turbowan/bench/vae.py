@@ -207,8 +207,8 @@ def kernel_cases(resolution: str, frames: int = 20, device: str = "cuda", channe
     one = _bytes(x)
     shape: dict[str, int | float] = {"frames": frames, "height": height, "width": width, "channels": channels}
     for config in candidates():
-        kept = (x, bias, residual, gamma, past, True, 2, frames, True, config)
-        inner = (x, bias, None, gamma, past, True, 2, frames, False, config)
+        kept = (x, bias, residual, gamma, past, True, 2, frames, True, 0, config)
+        inner = (x, bias, None, gamma, past, True, 2, frames, False, 1, config)
         yield Case(f"causal_input block {config}", partial(causal_input, *kept), shape, bytes=4 * one)
         yield Case(f"causal_input inner {config}", partial(causal_input, *inner), shape, bytes=2 * one)
         up = (small, None, small, None, 1, config)
@@ -216,7 +216,7 @@ def kernel_cases(resolution: str, frames: int = 20, device: str = "cuda", channe
     yield Case("copy", x.clone, shape, bytes=2 * one)
     del residual, small, kept, inner, up
     yield from _attentions(torch.randn(frames, height * width // 64, 3 * 4 * channels, device=device).bfloat16())
-    yield from _convolutions(causal_input(x, None, None, None, past, False, 2, frames, False)[0], shape)
+    yield from _convolutions(causal_input(x, None, None, None, past, False, 2, frames, False, 0)[0], shape)
 
 
 def _attentions(qkv: Tensor) -> Iterator[Case]:
@@ -262,6 +262,9 @@ def _convolutions(x: Tensor, shape: dict[str, int | float]) -> Iterator[Case]:
     both = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, 32)).contiguous(memory_format=last)
     wide = torch.nn.functional.pad(x, (0, 32)).permute(0, 4, 1, 2, 3)
     yield Case("conv3d, 32 more channels", partial(conv, wide, both, padding=(0, 1, 1)), shape, flops)
+    pairs = vae_fused.for_pairs(weight).contiguous(memory_format=last)
+    columns = torch.nn.functional.pad(x, (0, 0, 1, 1)).unflatten(3, (-1, 2)).flatten(4).permute(0, 4, 1, 2, 3)
+    yield Case("conv3d, pairs of columns", partial(conv, columns, pairs, padding=(0, 1, 0)), shape, flops)
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)
     flat = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     conv2d = torch.nn.functional.conv2d

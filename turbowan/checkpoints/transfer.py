@@ -145,12 +145,12 @@ def _read(chunk: _Chunk, slot: _Slot, files: _Files) -> None:
     """In a thread of its own: wait until the slot may be overwritten, then fill it."""
     if slot.copied is not None:
         slot.copied.synchronize()
-    room = slot.memory[: chunk.size]
+    room = slot.memory[: chunk.size].numpy()  # NumPy's: another thread's inference mode does not reach here
     if chunk.memory is not None:
-        room.copy_(chunk.memory)
+        room[:] = chunk.memory.numpy()
         return
     assert chunk.place is not None
-    files.read(chunk.place, room.numpy().data)
+    files.read(chunk.place, room.data)
 
 
 class _Files:

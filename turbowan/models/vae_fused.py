@@ -34,6 +34,7 @@ from .vae import (
 LATENTS_AT_ONCE = 5  # per chunk, at most
 MIDDLE_AT_ONCE = 32  # at an eighth of the size
 INDEXED = 2**31  # elements of a tensor that convolutions index with 32 bits
+PAIRED = 96  # channels of a convolution that works on pairs of columns, at most
 _UNIT = 8  # channels that tensor cores read and write at least; fewer are filled up with zeros
 
 
@@ -66,6 +67,31 @@ def free_memory(x: Tensor) -> int:
         return 1 << 62
     reserved = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
     return torch.cuda.mem_get_info(x.device)[0] + reserved
+
+
+def paired(layer: nn.Module, width: int) -> bool:
+    """Whether a layer convolves pairs of columns as if they were channels.
+
+    cuDNN's convolutions from 96 channels to 96 reach 263 TFLOP/s on an H200, from 192 to 192 they reach 568: with a
+    quarter of the products wasted on zeros, pairs are faster.
+    """
+    return (
+        isinstance(layer, nn.Conv3d)
+        and layer.kernel_size == (3, 3, 3)
+        and max(layer.in_channels, layer.out_channels) <= PAIRED
+        and width % 2 == 0
+    )
+
+
+def for_pairs(weight: Tensor) -> Tensor:
+    """[N, C, 3, 3, 3] to [2 N, 2 C, 3, 3, 2]: for two columns' results, over pairs that begin one column earlier."""
+    n, c = weight.shape[:2]
+    out = weight.new_zeros(2, n, 2, c, 3, 3, 2)
+    for to in range(2):
+        for tap in range(3):
+            pair, column = divmod(to + tap, 2)
+            out[to, :, column, :, :, :, pair] = weight[..., tap]
+    return out.flatten(2, 3).flatten(0, 1)
 
 
 class Value:
@@ -210,36 +236,42 @@ class Layers:
         """The frames that a layer remembers, then the value, normed; and the value's sum, if it is to be kept."""
         x, bias, residual = value.take()
         done = bias is None and residual is None
+        margin = int(layer is not None and paired(layer, x.shape[3]))
         if self.total is not None and layer is not None:
             frames = min(x.shape[1] + lookback, self.total)
         if done and gamma is None and not lookback and frames in (0, x.shape[1]):
             return x, x
         past = None if layer is None else self._past.get(layer)
         gamma = None if gamma is None else gamma.flatten()
-        out, total = ops.causal_input(x, bias, residual, gamma, past, silu, lookback, frames, keep and not done)
+        out, total = ops.causal_input(x, bias, residual, gamma, past, silu, lookback, frames, keep and not done, margin)
         if layer is not None and not self.last:
-            self._past[layer] = out[:, -lookback:].clone()
+            self._past[layer] = out[:, -lookback:, :, margin : out.shape[3] - margin].clone()
         return out, x if done else total
 
     def _conv(self, conv: Any, x: Tensor) -> Tensor:
-        """Without its bias, over input that holds its past."""
-        weight = self._weight(conv, x.shape[-1])
-        out = ops.conv3d(x.permute(0, 4, 1, 2, 3), weight, None, conv.stride, conv.padding)
-        return out.permute(0, 2, 3, 4, 1).contiguous()
+        """Without its bias, over input that holds its past, and columns of zeros for one that works on pairs."""
+        weight, padding, pairs = self._weight(conv, x), conv.padding, paired(conv, x.shape[3])
+        if pairs:
+            x, padding = x.unflatten(3, (-1, 2)).flatten(4), (0, 1, 0)
+        out = ops.conv3d(x.permute(0, 4, 1, 2, 3), weight, None, conv.stride, padding)
+        out = out.permute(0, 2, 3, 4, 1).contiguous()
+        return out.unflatten(4, (2, -1)).flatten(3, 4) if pairs else out
 
     def _conv_frames(self, conv: Any, x: Tensor, padding: int) -> Tensor:
         frames = x.flatten(0, 1).permute(0, 3, 1, 2)
-        out = F.conv2d(frames, self._weight(conv, x.shape[-1]), None, conv.stride, padding)
+        out = F.conv2d(frames, self._weight(conv, x), None, conv.stride, padding)
         return out.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 
-    def _weight(self, conv: Any, channels: int) -> Tensor:
+    def _weight(self, conv: Any, x: Tensor) -> Tensor:
         """Channels last, as tensor cores read it; with zeros for the channels that fill up the input, and
         for those that fill up a picture's three."""
         if conv not in self._weights:
-            weight = conv.weight
-            fill = channels - weight.shape[1], _UNIT - 3 if weight.shape[0] == 3 else 0
+            weight, pairs = conv.weight, paired(conv, x.shape[3])
+            fill = x.shape[-1] - weight.shape[1], _UNIT // (1 + pairs) - 3 if weight.shape[0] == 3 else 0
             if any(fill):
                 weight = F.pad(weight, (0, 0) * (weight.ndim - 2) + (0, fill[0], 0, fill[1]))
+            if pairs:
+                weight = for_pairs(weight)
             layout = torch.channels_last_3d if weight.ndim == 5 else torch.channels_last
             self._weights[conv] = weight.contiguous(memory_format=layout)
         return self._weights[conv]

@@ -39,6 +39,7 @@ def _eager(
     lookback: int,
     frames: int,
     keep: bool,
+    margin: int,
 ) -> tuple[Tensor, Tensor]:
     total = add_up(x, bias, residual)
     out = total
@@ -50,6 +51,8 @@ def _eager(
     if past is None:
         past = x.new_zeros(x.shape[0], lookback, *x.shape[2:])
     out = torch.cat([past, repeat_last(out, frames)], dim=1)
+    if margin:
+        out = F.pad(out, (0, 0, margin, margin))
     return out, total.clone() if keep else x.new_empty(0)
 
 
@@ -63,8 +66,11 @@ def _fake(
     lookback: int,
     frames: int,
     keep: bool,
+    margin: int,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], lookback + frames, *x.shape[2:]), x.new_empty(x.shape if keep else 0)
+    batch, _, height, width, channels = x.shape
+    out = x.new_empty(batch, lookback + frames, height, width + 2 * margin, channels)
+    return out, x.new_empty(x.shape if keep else 0)
 
 
 _operation = Operation("causal_input", _eager, _fake)
@@ -81,6 +87,7 @@ def causal_input(
     lookback: int = 2,
     frames: int = 0,
     keep: bool = False,
+    margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Frames before, then SiLU(norm(x + bias + residual) * gamma), the norm over channels as in `channel_norm`.
 
@@ -91,9 +98,9 @@ def causal_input(
             norm nor SiLU. residual: [B, up to T, H, W, C]; its last frame is repeated.
         past: [B, lookback, H, W, C], the frames before; None: zeros.
         frames: how many to make of the T, the last one repeated; 0 = T.
-        keep: whether the sum is wanted too.
+        keep: whether the sum is wanted too. margin: columns of zeros on the left and on the right of each frame.
 
     Returns:
-        [B, lookback + frames, H, W, C], and the sum [B, T, H, W, C] (empty unless kept).
+        [B, lookback + frames, H, margin + W + margin, C], and the sum [B, T, H, W, C] (empty unless kept).
     """
-    return _operation(x, bias, residual, gamma, past, silu, lookback, frames or x.shape[1], keep)  # type: ignore[no-any-return]
+    return _operation(x, bias, residual, gamma, past, silu, lookback, frames or x.shape[1], keep, margin)  # type: ignore[no-any-return]

@@ -45,6 +45,7 @@ def causal_input(
     lookback: int,
     frames: int,
     keep: bool,
+    margin: int,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operation `causal_input`."""
@@ -52,14 +53,15 @@ def causal_input(
     batch, frames_x, height, width, channels = x.shape
     x, bias, residual, gamma, past = (None if t is None else t.contiguous() for t in (x, bias, residual, gamma, past))
     assert x is not None
-    out = x.new_empty((batch, lookback + frames, height, width, channels))
+    out = x.new_empty((batch, lookback + frames, height, width + 2 * margin, channels))
     total = x.new_empty(x.shape if keep else (0,))
     chunk, rows = parts_of(channels, config)
-    grid = (triton.cdiv(height * width, rows), lookback + frames, batch)
+    grid = (triton.cdiv(height * (width + 2 * margin), rows), lookback + frames, batch)
     _causal_kernel[grid](
         x, bias, residual, gamma, past, out, total if keep else None,
-        height * width, frames_x, 1 if residual is None else residual.shape[1], frames, channels**0.5,
-        CHANNELS=channels, CHUNK=chunk, ROWS=rows, LOOKBACK=lookback, SILU=silu, num_warps=config.warps,
+        height, width, frames_x, 1 if residual is None else residual.shape[1], frames, channels**0.5,
+        CHANNELS=channels, CHUNK=chunk, ROWS=rows, LOOKBACK=lookback, SILU=silu, MARGIN=margin,
+        num_warps=config.warps,
     )  # fmt: skip
     return out, total
 
@@ -83,18 +85,25 @@ def load_sum(x, bias, residual, place, column, there):
 
 @triton.jit
 def _causal_kernel(
-    x, bias, residual, gamma, past, out, total, positions, frames_x, frames_residual, frames, root,
+    x, bias, residual, gamma, past, out, total, height, width, frames_x, frames_residual, frames, root,
     CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, LOOKBACK: tl.constexpr, SILU: tl.constexpr,
+    MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """ROWS positions of one frame of the result."""
+    """ROWS positions of one frame of the result, its margins among them."""
     COUNT: tl.constexpr = CHANNELS // CHUNK
     frame, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = position[:, None] < positions
     lane = tl.arange(0, CHUNK)
-    place = position[:, None] * CHANNELS + lane[None, :]
-    size = positions * CHANNELS  # of a frame
-    out += (sample * (frames + LOOKBACK) + frame) * size
+    to = position[:, None] * CHANNELS + lane[None, :]
+    positions = height * (width + 2 * MARGIN)
+    writes = position[:, None] < positions
+    there, place = writes, to
+    if MARGIN:
+        row, column = position // (width + 2 * MARGIN), position % (width + 2 * MARGIN) - MARGIN
+        there = writes & (column >= 0)[:, None] & (column < width)[:, None]
+        place = (row * width + column)[:, None] * CHANNELS + lane[None, :]
+    size = height * width * CHANNELS  # of a frame
+    out += (sample * (frames + LOOKBACK) + frame) * (positions * CHANNELS)
     if frame < LOOKBACK:
         for i in tl.static_range(COUNT):
             if past is not None:
@@ -102,7 +111,7 @@ def _causal_kernel(
                 part = tl.load(before + place, mask=there, other=0.0, eviction_policy="evict_first")
             else:
                 part = tl.zeros([ROWS, CHUNK], x.dtype.element_ty)
-            tl.store(out + i * CHUNK + place, part, mask=there)
+            tl.store(out + i * CHUNK + to, part, mask=writes)
     else:
         frame -= LOOKBACK
         source = tl.minimum(frame, frames_x - 1)
@@ -111,16 +120,18 @@ def _causal_kernel(
             residual += (sample * frames_residual + tl.minimum(source, frames_residual - 1)) * size
         if total is not None:
             total += (sample * frames_x + source) * size
-        unrepeated = tl.where(frame == source, positions, 0)
+        unrepeated = there & (position < tl.where(frame == source, positions, 0))[:, None]
         parts = ()
         squares = tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(COUNT):
             added = None if residual is None else residual + i * CHUNK
             part = load_sum(x + i * CHUNK, bias, added, place, i * CHUNK + lane, there)
             if total is not None:
-                tl.store(total + i * CHUNK + place, part, mask=position[:, None] < unrepeated)
+                tl.store(total + i * CHUNK + place, part, mask=unrepeated)
+            if MARGIN:  # there the bias is added to nothing
+                part = tl.where(there, part, 0.0).to(part.dtype)
             if gamma is None:
-                tl.store(out + i * CHUNK + place, part, mask=there)
+                tl.store(out + i * CHUNK + to, part, mask=writes)
             else:
                 wide = widened(part)
                 squares += tl.sum(wide * wide, axis=1)
@@ -132,4 +143,4 @@ def _causal_kernel(
                 wide = widened(parts[i]) * inverse[:, None] * widened(factor)
                 if SILU:
                     wide = wide * reciprocal(1.0 + power_of_two(wide * -1.4426950408889634))
-                tl.store(out + i * CHUNK + place, narrowed(wide, x.dtype.element_ty), mask=there)
+                tl.store(out + i * CHUNK + to, narrowed(wide, x.dtype.element_ty), mask=writes)
