@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from .checkpoints.find import EMBEDDED as EMBEDDED
 from .checkpoints.find import check_parts, find_model
@@ -19,11 +20,17 @@ from .clock import ProgressCallback
 from .errors import CheckpointError, MachineError, Note, RequestError
 from .machine import check_torch, peak_host_memory
 from .media.image import read_image
-from .memory.plan import make_plan, weight_bytes
+from .memory.activations import Work
+from .memory.nearest import nearest
+from .memory.plan import Model, Plan, make_plan
 from .memory.residency import Residency
+from .memory.room import capped, find_room
+from .memory.sizes import PartSize, part_size
 from .request import FrameSink, GenerateRequest, GenerateResult
-from .settings import resolve
+from .settings import Settings, resolve
 from .stages import Execution, PreviewCallback, Run
+
+EIGHT_BIT = ("int8_row", "fp8_row", "int8_block")
 
 
 class Engine:
@@ -40,7 +47,7 @@ class Engine:
         self.blocks = {"block_q": block_q, "block_k": block_k}
         self.outlines = check_parts(manifest)
         self.config = next(self.outlines[role].config for role in TRANSFORMERS if role in self.outlines)
-        self.parts = Residency()
+        self.parts = Residency(device)
         self.tokenizer = find_tokenizer(manifest.files["text_encoder"], manifest.files.get("tokenizer"))
 
     @classmethod
@@ -112,34 +119,31 @@ class Engine:
         preview: PreviewCallback | None = None,
     ) -> GenerateResult:
         """One sample for each prompt, together; all else is the request's (its prompt and num_samples do not count)."""
-        image = None if request.image is None else read_image(request.image)
-        if (image is None) == self.needs_image:
-            need = "makes videos from an image; give one" if self.needs_image else "is text-to-video; it takes no image"
-            raise RequestError(f"{self.manifest.name} {need}")
-        settings = resolve(request, self.manifest, None if image is None else image.size)
-        attention = choose_attention(
-            self.config, self.manifest.name, settings.attention, settings.sla_topk, **self.blocks
-        )
-        settings = replace(settings, attention=attention.kind, num_samples=len(prompts))
-        how = Execution.of(request, self.device, attention, self.outlines)
+        job = self._prepare(request, len(prompts))
         if request.precision == "auto":
-            for line in how.changes(self.outlines):
+            for line in job.how.changes(self.outlines):
                 warnings.warn(line, Note, stacklevel=2)
-        sizes = self.part_sizes(how.dtype, how)
-        plan = make_plan(request.memory, sizes, self.device, request.gpu_budget, self.parts.nbytes)
-        self.parts.keep = plan.keep
-        facts = {"model": self.manifest.name, **settings.as_dict(), **how.facts()}
+        plan, settings = job.plan, job.settings
+        self.parts.follow(plan.places)
+        facts = {"model": self.manifest.name, **settings.as_dict(), **job.how.facts()}
         if sink is not None:
             sink.begin(settings.num_samples, settings.num_frames, settings.fps, facts)
         report = progress or (lambda _: None)
-        run = Run(self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, how, report)
+        run = Run(self.manifest, self.config.image_dim, self.tokenizer, self.parts, settings, job.how, report, plan)
+        foreign = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            foreign = torch.cuda.memory_allocated(self.device) - self.parts.nbytes
         try:
-            with run.clock.stage("total", exclusive=False):
+            with capped(self.device, plan.cap), run.clock.stage("total", exclusive=False):
+                run.begin_loading()
                 texts = run.encode_text(prompts)
-                latent = run.denoise(run.condition(texts, image), preview)
+                condition = run.condition(texts, job.image)
+                self.parts.tidy(foreign)
+                latent = run.denoise(condition, preview)
+                self.parts.tidy(foreign)
                 videos = run.decode(latent, sink)
+                self.parts.tidy(foreign)
         except torch.OutOfMemoryError as error:
             self.parts.clear()
             size = f"{settings.num_samples} x {settings.num_frames} frames of {settings.width}x{settings.height}"
@@ -147,6 +151,9 @@ class Engine:
                 f"{self.device} ran out of memory making {size} ({plan.reason});"
                 " take --memory minimal, a quantised file, or fewer frames or pixels"
             ) from error
+        except BaseException:
+            self.parts.rest()
+            raise
         return GenerateResult(
             videos=videos,
             fps=settings.fps,
@@ -156,14 +163,85 @@ class Engine:
             peak_memory=peak_memory(self.device),
         )
 
+    def plan(self, request: GenerateRequest) -> Plan:
+        """Where each part would live and what each stage would take. Nothing is loaded.
+
+        Raises:
+            RequestError: the request does not fit the model. MachineError: it does not fit in memory; the line names
+                the nearest that does.
+        """
+        return self._prepare(request, request.num_samples).plan
+
+    def _prepare(self, request: GenerateRequest, samples: int, advise: bool = True) -> Job:
+        image = None if request.image is None else read_image(request.image)
+        if (image is None) == self.needs_image:
+            need = "makes videos from an image; give one" if self.needs_image else "is text-to-video; it takes no image"
+            raise RequestError(f"{self.manifest.name} {need}")
+        settings = resolve(request, self.manifest, None if image is None else image.size)
+        attention = choose_attention(
+            self.config, self.manifest.name, settings.attention, settings.sla_topk, **self.blocks
+        )
+        settings = replace(settings, attention=attention.kind, num_samples=samples)
+        how = Execution.of(request, self.device, attention, self.outlines)
+        model = Model(
+            self.manifest.name, self.part_sizes(how.dtype, how), self.config,
+            self.outlines["text_encoder"].width, self.outlines["vae"].dim,
+        )  # fmt: skip
+        room = find_room(self.device, request.gpu_budget, self.parts.nbytes, self.parts.host_bytes)
+        try:
+            plan = make_plan(model, work_of(settings, how, image is not None), room, request.memory)
+        except MachineError as error:
+            if not advise:
+                raise
+            request = replace(request, image=image)  # read once
+            other = nearest(request, settings.width, settings.height, settings.num_frames, self._fits)
+            raise MachineError(f"{error}; {other or 'nothing smaller fits either'}") from error
+        return Job(image, settings, how, plan)
+
+    def _fits(self, request: GenerateRequest) -> bool:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Note)
+                self._prepare(request, request.num_samples, advise=False)
+        except MachineError:
+            return False
+        return True
+
     @property
     def needs_image(self) -> bool:
         return self.config.in_dim > self.config.out_dim
 
-    def part_sizes(self, dtype: torch.dtype, how: Execution | None = None) -> dict[str, int]:
-        """Bytes of weights per role, once loaded in this dtype; `how` tells which transformers are expanded to it."""
-        whole = {role for role, choice in how.linears.items() if choice.format == "bf16"} if how else set()
-        return {role: weight_bytes(part, dtype, role in whole) for role, part in self.outlines.items()}
+    def part_sizes(self, dtype: torch.dtype, how: Execution | None = None) -> dict[str, PartSize]:
+        """Weights per role, once loaded in this dtype; `how` tells which formats the transformers' layers get."""
+        formats = {role: choice.format for role, choice in how.linears.items()} if how else {}
+        return {role: part_size(part, dtype, formats.get(role)) for role, part in self.outlines.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request made ready: its picture, all values, how numbers are made, and the plan."""
+
+    image: Image | None
+    settings: Settings
+    how: Execution
+    plan: Plan
+
+
+def work_of(settings: Settings, how: Execution, encodes_image: bool) -> Work:
+    """What a plan needs to know of a request."""
+    return Work(
+        settings.width,
+        settings.height,
+        settings.num_frames,
+        samples=settings.num_samples,
+        noises=settings.num_steps if settings.sampler == "rcm" and not settings.ode else 1,
+        guided=settings.guidance_scale != 1,
+        attention=how.attention.kind,
+        itemsize=how.dtype.itemsize,
+        eight_bit=all(choice.format in EIGHT_BIT for choice in how.linears.values()),
+        kernels=how.device.type == "cuda" and how.dtype != torch.float32,
+        encodes_image=encodes_image,
+    )
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,14 @@ from .errors import MachineError
 from .media.image import to_tensor
 from .media.preview import fit_colours, to_colours
 from .media.transfer import to_host
+from .memory.plan import Plan
 from .memory.residency import Residency
 from .models.pack import file_format, prepare_block
 from .models.tokenizer import TEXT_LENGTH, Tokenizer
 from .models.transformer import AttentionConfig, Context, WanTransformer
 from .models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, latent_frames
 from .ops import FormatChoice, choose_format, compute_dtype
+from .ops.rows import FORMATS
 from .request import FrameSink, GenerateRequest
 from .sampling import flow, noise, rcm
 from .sampling.experts import expert_for
@@ -35,6 +36,10 @@ from .settings import Settings
 
 DECODE_PIXELS = {"cpu": 400_000, "cuda": 1_000_000}  # small samples are decoded together, up to so many pixels a frame
 LINEAR_FORMATS = {"int8": "int8_row", "fp8": "fp8_row", "int8_block": "int8_block"}  # by the request's precision
+LOADERS: dict[str, Callable[..., Any]] = {
+    "text_encoder": load_text_encoder, "image_encoder": load_image_encoder, "vae": load_vae,
+    **dict.fromkeys(TRANSFORMERS, load_transformer),
+}  # fmt: skip
 PreviewCallback = Callable[[int, np.ndarray], None]
 _ROLE_OF = {"single": "transformer", "high": "high_noise", "low": "low_noise"}
 
@@ -114,7 +119,7 @@ class Run:
     """One generation: the stages in order, sharing settings, parts and a clock.
 
     Args:
-        manifest: the model. image_dim: width of its CLIP tokens, None where it takes none.
+        manifest: the model. image_dim: width of its CLIP tokens, None where it takes none. plan: that `parts` follows.
 
     Raises:
         RequestError, MachineError: a time grid or a source of noise that cannot be had, before any work is done.
@@ -129,7 +134,9 @@ class Run:
         settings: Settings,
         how: Execution,
         report: ProgressCallback,
+        plan: Plan | None = None,
     ) -> None:
+        self.plan = plan
         self.manifest, self.image_dim, self.tokenizer, self.parts = manifest, image_dim, tokenizer, parts
         self.settings, self.how, self.device, self.report = settings, how, how.device, report
         self.clock = Clock(how.device)
@@ -142,22 +149,42 @@ class Run:
         if settings.noise_device == "cuda" and not torch.cuda.is_available():
             raise MachineError("noise_device 'cuda' needs a CUDA device; this machine has none (use 'cpu')")
 
-    def _part(self, role: str, load: Callable[..., Any]) -> Any:
-        def timed() -> Any:
-            with self.clock.stage("load"):
-                return load(self.manifest.files[role], self.device, self.how.dtype, report=self._loading)
-
-        return self.parts.get(role, self.how.variant(role), timed)
+    def _part(self, role: str) -> Any:
+        wanted = self._wanted(role, self._loading)
+        if self.parts.has(role, wanted[0]):
+            return self.parts.get(role, *wanted)
+        with self.clock.stage("load"):
+            return self.parts.get(role, *wanted)
 
     def _loading(self, done: int, total: int) -> None:
         self.report(Progress("load", done, total, "bytes"))
 
-    def _expert_net(self, role: str) -> WanTransformer:
-        def load(path: Path, device: torch.device, dtype: torch.dtype, report: Report) -> WanTransformer:
-            ready = partial(prepare_block, linears=self.how.linears[role].format, dtype=dtype)
-            return load_transformer(path, device, dtype, report=report, each_block=ready)
+    def _wanted(
+        self, role: str, report: Report | None = None
+    ) -> tuple[Hashable, Callable[[], Any], Callable[[Any], Any]]:
+        """A part's variant, how to load it, and what its blocks then need where they are lent from the host."""
+        hosted, place = self.parts.is_hosted(role), self.parts.place(role)
+        format = self.how.linears[role].format if role in self.how.linears else None
+        prepared = None if format is None else partial(prepare_block, linears=format, dtype=self.how.dtype)
 
-        return self._part(role, load)  # type: ignore[no-any-return]
+        def load() -> Any:
+            ready: dict[str, Any] = {} if prepared is None or hosted else {"each_block": prepared}
+            path, device = self.manifest.files[role], self.parts.loads_to(role)
+            return LOADERS[role](path, device, self.how.dtype, report=report, **ready)
+
+        def ready(part: Any) -> Callable[[nn.Module], None] | None:
+            changes = format in FORMATS and format != file_format(part)
+            joins = self.device.type == "cuda" and place.home == "host"  # a part on disk stays in its mapped file
+            return prepared if changes or joins else None
+
+        return self.how.variant(role), load, ready
+
+    def begin_loading(self) -> None:
+        """The transformers, in the background, in the order they are wanted; where the plan has room for that."""
+        if self.plan is not None and self.plan.early:
+            for role in (role for role in TRANSFORMERS if role in self.manifest.files):
+                if self.parts.place(role).home != "disk":
+                    self.parts.start(role, *self._wanted(role))
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often.
@@ -173,7 +200,7 @@ class Run:
         unknown = [prompt for prompt, text in known.items() if text is None]
         texts = {prompt: text.to(self.device) for prompt, text in known.items() if text is not None}
         if unknown:
-            encoder = self._part("text_encoder", load_text_encoder)
+            encoder = self._part("text_encoder")
             with self.clock.stage("text"):
                 ids, mask = self.tokenizer(unknown)
                 for prompt, row, length in zip(unknown, ids, mask.sum(dim=1).tolist(), strict=True):
@@ -195,15 +222,17 @@ class Run:
         self.report(Progress("condition", 0, 1))
         tokens = None
         if self.image_dim is not None:
-            image_encoder = self._part("image_encoder", load_image_encoder)
+            image_encoder = self._part("image_encoder")
             with self.clock.stage("condition"):
                 whole = to_tensor(image, image.height, image.width)
                 tokens = image_encoder(whole.to(self.device)).expand(n, -1, -1)
             self.parts.done("image_encoder")
-        vae = self._part("vae", load_vae)
+        vae = self._part("vae")
         with self.clock.stage("condition"):
             first = to_tensor(image, settings.height, settings.width).to(self.device)
-            known = image_condition(vae.encode_first_frame(first, settings.num_frames)).expand(n, -1, -1, -1, -1)
+            budget = None if self.plan is None else self.plan.encode_budget
+            encoded = vae.encode_first_frame(first, settings.num_frames, budget)
+            known = image_condition(encoded).expand(n, -1, -1, -1, -1)
         self.parts.done("vae")
         self.report(Progress("condition", 1, 1))
         return Condition(*texts, known, tokens)
@@ -264,7 +293,7 @@ class Run:
 
     def _previewed(self, velocity: rcm.VelocityFunction, preview: PreviewCallback) -> rcm.VelocityFunction:
         """The same function, showing what each step takes the clean latent to be."""
-        vae = self._part("vae", load_vae)
+        vae = self._part("vae")
         with self.clock.stage("condition"):
             colours = fit_colours(vae.encode)
         self.parts.done("vae")
@@ -280,7 +309,8 @@ class Run:
         """What this expert makes of the prompts and, with guidance, of the negative ones: once for all its steps."""
         if self._told is None or self._told[0] is not net:
             texts = [text for text in (condition.text, condition.empty_text) if text is not None]
-            self._told = net, [net.tell(text, condition.image_tokens, TEXT_LENGTH) for text in texts]
+            at_once = not self.parts.is_hosted(_ROLE_OF[self._expert])
+            self._told = net, [net.tell(text, condition.image_tokens, TEXT_LENGTH, at_once) for text in texts]
         return self._told[1]
 
     def _transformer(self, t: float) -> WanTransformer:
@@ -289,16 +319,16 @@ class Run:
             self._told = None  # or it would keep the other expert in memory
             with self.clock.stage("switch"):
                 self.parts.done("high_noise")
-                net = self._expert_net("low_noise")
+                net = self._part("low_noise")
         else:
-            net = self._expert_net(_ROLE_OF[name])
+            net = self._part(_ROLE_OF[name])
         self._expert = name
         net.attention, net.norms = self.how.attention, self.how.norms
         return net
 
     def decode(self, latent: Tensor, sink: FrameSink | None = None) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] per sample; the sink gets them while later ones are decoded."""
-        vae = self._part("vae", load_vae)
+        vae, budget = self._part("vae"), None if self.plan is None else self.plan.decode_budget
         settings, videos = self.settings, list[np.ndarray]()
         done, total = 0, settings.num_samples * latent.shape[2]
         self.report(Progress("decode", 0, total))
@@ -308,7 +338,7 @@ class Run:
             for samples in latent.split(together):
                 frames = torch.empty(len(samples), *size, dtype=torch.uint8)
                 made = list(frames.numpy())
-                for start, stop in to_host(map(to_uint8, vae.decode_stream(samples)), frames):
+                for start, stop in to_host(map(to_uint8, vae.decode_stream(samples, budget)), frames):
                     if sink is not None:
                         for i, video in enumerate(made, len(videos)):
                             sink.add(i, video[start:stop])

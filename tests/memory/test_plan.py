@@ -1,117 +1,221 @@
-"""What stays loaded, from sizes and what is free: on the host, on a GPU, under a budget."""
+"""Plans from numbers alone: cards of every size, models of true sizes; and how near formulas are to measurements."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
 
 from turbowan.errors import MachineError
-from turbowan.memory.plan import HEADROOM, available_bytes, make_plan, weight_bytes
+from turbowan.memory.activations import Work, decode_bytes, decode_grid, denoise_bytes
+from turbowan.memory.catalog import COMMON, common_model
+from turbowan.memory.plan import Model, Place, Plan, make_plan
+from turbowan.memory.room import CONTEXT, Room
+from turbowan.memory.sizes import PartSize
+from turbowan.models.transformer import TransformerConfig
+from turbowan.models.vae_tiles import Grid
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GB = 10**9
-SIZES = {"transformer": 10 * GB, "text_encoder": 6 * GB, "vae": 2 * GB}
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
+SIZES = {"480p": (832, 480), "720p": (1280, 720)}
+CONFIG = TransformerConfig(dim=128, ffn_dim=512, num_layers=4, text_dim=128)
+PARTS = {"transformer": PartSize(10, (20,) * 4), "text_encoder": PartSize(50), "vae": PartSize(5)}
+SMALL = Model("small", PARTS, CONFIG, 64, 8)
+TINY_WORK = Work(32, 32, 1)
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A GPU's memory as PyTorch reports it, in bytes; change the values to change what it says."""
-    memory = {"free": 40 * GB, "total": 80 * GB, "reserved": 0, "allocated": 0}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory["free"], memory["total"]))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: memory["reserved"])
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: memory["allocated"])
-    return memory
+def card(gb: float, host: int = 128) -> Room:
+    return Room(int(gb * GB), host * GB)
 
 
-def test_weights_count_as_they_will_be_loaded() -> None:
-    """Floats in the dtype of the run, whatever the file's; what is quantised as it is."""
-    layer = nn.Linear(128, 256, device="meta", dtype=torch.float32)
-    assert weight_bytes(layer, torch.float32) == 4 * (128 * 256 + 256)
-    assert weight_bytes(layer, torch.bfloat16) == 2 * (128 * 256 + 256)
-    layer.register_buffer("codes", torch.empty(1000, dtype=torch.int8, device="meta"))
-    assert weight_bytes(layer, torch.bfloat16) == 2 * (128 * 256 + 256) + 1000
+def plan(name: str, resolution: str, gb: float, mode: str = "auto", host: int = 128) -> Plan:
+    model, work = common_model(name)
+    width, height = SIZES[resolution]
+    return make_plan(model, replace(work, width=width, height=height), card(gb, host), mode)
 
 
-def test_the_host_has_some_memory_free() -> None:
-    free = available_bytes(CPU)
-    assert free > 2**28
-    assert available_bytes(CPU, resident=7 * GB) == pytest.approx(free + 7 * GB, abs=2 * GB)
+@pytest.mark.parametrize("line", (RESULTS / "transformer.jsonl").read_text().splitlines())
+def test_a_step_takes_what_was_measured(line: str) -> None:
+    """Never less, at most a sixth more; the 256 MiB that the benchmark empties the cache with go off."""
+    record = json.loads(line)
+    if "size" not in record or (record["precision"], record["size"]) == ("bf16", "1.3B"):
+        pytest.skip("without a size, or before GELU went into the product")
+    config = common_model({"1.3B": "1.3B", "14B": "14B int8"}[record["size"]])[0].config
+    width, height = SIZES["720p" if "1280x720" in record["case"] else "480p"]
+    work = Work(width, height, record["shape"]["num_frames"], noises=0, eight_bit=record["precision"] == "int8")
+    measured = record["peak_gib"] - record["weights_gib"] - 0.25
+    assert 1 <= denoise_bytes(config, work) / 2**30 / measured < 1.25
 
 
-@pytest.mark.parametrize(
-    ("mode", "free", "keep"),
-    [("auto", 40, True), ("auto", 20, False), ("balanced", 40, True), ("balanced", 20, False),
-     ("minimal", 80, False), ("speed", 80, True), ("speed", 19, True)],
-)  # fmt: skip
-def test_modes_on_a_gpu(gpu: dict[str, int], mode: str, free: int, keep: bool) -> None:
-    gpu["free"] = free * GB
-    plan = make_plan(mode, SIZES, GPU)
-    assert plan.keep is keep
-    assert plan.total == 18 * GB
-    assert plan.available == free * GB
-    for fact in (mode, "18.0 GB", f"{free}.0 GB", "over" if free < 18 / HEADROOM else "within"):
-        assert fact in plan.reason
-
-
-def test_what_fits_is_decided_at_the_headroom(gpu: dict[str, int]) -> None:
-    gpu["free"] = int(18 * GB / HEADROOM) + 1
-    assert make_plan("auto", SIZES, GPU).keep
-    gpu["free"] -= 2
-    assert not make_plan("auto", SIZES, GPU).keep
-
-
-def test_a_plan_holds_for_the_next_request(gpu: dict[str, int]) -> None:
-    """Once everything is loaded and PyTorch holds some memory back, less is free, but none of it is taken by others."""
-    assert make_plan("auto", SIZES, GPU).keep
-    gpu.update(free=12 * GB, reserved=28 * GB, allocated=18 * GB)
-    assert available_bytes(GPU, resident=18 * GB) == 40 * GB
-    assert make_plan("auto", SIZES, GPU, resident=18 * GB).keep
-    assert not make_plan("auto", SIZES, GPU).keep  # the same seen as another process's
-
-
-@pytest.mark.parametrize("budget", ["31GB", 31 * GB, "29GiB"])
-def test_a_budget_limits_what_is_free(gpu: dict[str, int], budget: int | str) -> None:
-    gpu["free"] = 80 * GB
-    plan = make_plan("auto", SIZES, GPU, budget)
-    assert plan.keep
-    assert plan.available <= 31.2 * GB
-    assert not make_plan("auto", SIZES, GPU, "29GB").keep
-    gpu["free"] = 20 * GB
-    assert make_plan("auto", SIZES, GPU, budget).available == 20 * GB  # a budget adds nothing
+def test_a_whole_pipeline_takes_what_was_measured() -> None:
+    """1.3B in bfloat16 at 832x480 with a text encoder of two layers and the plain VAE, whose decoding was the peak."""
+    record = json.loads((RESULTS / "pipeline.jsonl").read_text().splitlines()[0])
+    model, work = common_model("1.3B")
+    text = model.parts["text_encoder"]
+    weights = model.parts["transformer"].total + model.coder.weights + 2 * text.largest_block + 2 * 512 * 4096
+    decode = decode_bytes(model.coder, replace(work, kernels=False), Grid(1, 1, 1))
+    assert (weights + decode) / 2**30 == pytest.approx(record["peak_gib"]["gpu"], rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["auto", "balanced", "minimal", "speed"])
-def test_a_budget_below_the_largest_part_cannot_be_kept(mode: str) -> None:
+@pytest.mark.parametrize("resolution", SIZES)
+@pytest.mark.parametrize("name", COMMON)
+def test_every_plan_fits_and_a_larger_card_never_does_worse(name: str, resolution: str, mode: str) -> None:
+    stays, fitted = 0, False
+    for gb in (6, 8, 12, 16, 24, 48, 80, 141):
+        try:
+            found = plan(name, resolution, gb, mode)
+        except MachineError:
+            assert not fitted
+            continue
+        fitted = True
+        assert 0 < found.peak <= found.usable < gb * GB
+        assert found.resident <= found.peak
+        on_device = found.resident + sum(place.resident for place in found.places.values() if place.home != "gpu")
+        assert on_device >= stays
+        stays = on_device if mode != "auto" else 0
+    assert fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "gb", "summary"),
+    [
+        ("1.3B", "480p", 6, "parts take turns"),
+        ("1.3B", "480p", 12, "all but text encoder stays on the device"),
+        ("1.3B", "720p", 24, "everything stays on the device"),
+        ("14B int8", "480p", 24, "all but text encoder stays on the device"),
+        ("14B int8", "720p", 80, "everything stays on the device"),
+        ("A14B-I2V int8", "480p", 24, "experts take turns"),
+        ("A14B-I2V int8", "720p", 24, "3. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "720p", 16, "1. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "480p", 12, "1. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "720p", 141, "everything stays on the device"),
+    ],
+)  # fmt: skip
+def test_what_cards_get(name: str, resolution: str, gb: float, summary: str) -> None:
+    import re
+
+    assert re.fullmatch(summary, plan(name, resolution, gb).summary)
+
+
+def test_a14b_fits_a_budget_of_12_gb() -> None:
+    """The bar of small cards: 480p and 720p, context within the budget."""
+    model, work = common_model("A14B-I2V int8")
+    for resolution in SIZES:
+        width, height = SIZES[resolution]
+        found = make_plan(model, replace(work, width=width, height=height), Room(140 * GB, 128 * GB, budget=12 * GB))
+        assert found.cap == 12 * GB - CONTEXT
+        assert found.peak < found.cap
+        assert all(place.home == "host" and place.pinned for place in found.places.values())
+
+
+def test_homes_follow_the_hosts_room() -> None:
+    """Pinned, then only the transformers, then nothing: read anew for each request."""
+    def homes(host: int) -> dict[str, tuple[str, bool]]:
+        return {role: (p.home, p.pinned) for role, p in plan("A14B-I2V int8", "480p", 16, host=host).places.items()}
+
+    assert set(homes(128).values()) == {("host", True)}
+    some = homes(40)
+    assert some["high_noise"] == some["vae"] == ("host", True)
+    assert some["low_noise"][0] == "host"
+    assert some["text_encoder"] == ("disk", False)
+    none = homes(4)
+    assert none.pop("vae") == ("host", True)
+    assert set(none.values()) == {("disk", False)}
+
+
+def test_modes_on_a_gpu() -> None:
+    assert plan("1.3B", "480p", 80).keep
+    assert plan("1.3B", "480p", 80, "speed").keep
+    balanced = plan("1.3B", "480p", 80, "balanced")
+    assert balanced.resident == 0
+    assert all(place.home == "host" for place in balanced.places.values())
+    assert balanced.places["transformer"].resident == 30
+    minimal = plan("1.3B", "480p", 80, "minimal")
+    assert all(place.home == "disk" for place in minimal.places.values())
+    assert minimal.places["transformer"].streamed
+    assert minimal.peak < balanced.peak
+
+
+def test_speed_is_refused_where_not_everything_fits() -> None:
+    with pytest.raises(MachineError, match=r"14B int8 at 1280x720, 81 frames: [a-z]+ takes .* with memory 'speed'"):
+        plan("14B int8", "720p", 24, "speed")
+
+
+def test_what_cannot_fit_is_refused_with_numbers() -> None:
     with pytest.raises(MachineError) as caught:
-        make_plan(mode, {"vae": 10**6, "transformer": 9 * 10**6}, CPU, "8MB")
-    assert str(caught.value) == (
-        "transformer alone has 9.0 MB of weights, more than the 8.0 MB in the budget;"
-        " take a quantised file or raise --gpu-budget"
-    )
+        plan("A14B-I2V int8", "720p", 8)
+    assert "A14B-I2V int8 at 1280x720, 81 frames: " in str(caught.value)
+    assert "at the least, more than the 7.4 GB to be had (8.0 GB free on cuda, less a margin)" in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["auto", "minimal", "speed"])
-def test_a_gpu_smaller_than_the_largest_part(gpu: dict[str, int], mode: str) -> None:
-    gpu["free"] = 8 * GB
-    with pytest.raises(MachineError) as caught:
-        make_plan(mode, SIZES, GPU)
-    assert str(caught.value) == (
-        "transformer alone has 10.0 GB of weights, more than the 8.0 GB free on cuda; take a quantised file"
-    )
+def test_a_budget_adds_nothing_and_leaves_the_context_out() -> None:
+    assert Room(20 * GB, GB, budget=24 * GB).usable == Room(20 * GB, GB).usable
+    assert Room(80 * GB, GB, budget=24 * GB).cap == 24 * GB - CONTEXT
+    assert Room(80 * GB, GB, budget=24 * GB).limited
+    assert Room(80 * GB, GB, "cpu", budget=24 * GB).cap == 24 * GB
 
 
-def test_speed_needs_room_for_everything(gpu: dict[str, int]) -> None:
-    gpu["free"] = 17 * GB
-    with pytest.raises(MachineError) as caught:
-        make_plan("speed", SIZES, GPU)
-    assert str(caught.value) == (
-        "memory 'speed' keeps all 18.0 GB of weights, more than the 17.0 GB free on cuda; take 'auto' or 'minimal'"
-    )
-    assert not make_plan("auto", SIZES, GPU).keep
+def test_a_cpu_keeps_parts_or_frees_them_and_may_swap() -> None:
+    room = Room(10 * GB, 10 * GB, "cpu")
+    kept = make_plan(SMALL, replace(TINY_WORK, kernels=False), room)
+    assert kept.keep
+    assert kept.decode_budget is None
+    freed = make_plan(SMALL, replace(TINY_WORK, kernels=False), room, "minimal")
+    assert {place.home for place in freed.places.values()} == {"disk"}
+    assert not any(place.streamed for place in freed.places.values())
+    none = make_plan(SMALL, replace(TINY_WORK, kernels=False), Room(100, 100, "cpu"))  # it may swap
+    assert {place.home for place in none.places.values()} == {"disk"}
+    with pytest.raises(MachineError, match="in the budget"):
+        make_plan(SMALL, replace(TINY_WORK, kernels=False), replace(room, budget=100))
 
 
-def test_a_host_without_a_budget_may_swap() -> None:
-    huge = {"transformer": 10**15, "vae": 1}
-    assert not make_plan("auto", huge, CPU).keep
-    assert make_plan("speed", huge, CPU).keep
+def test_tiles_only_where_whole_frames_do_not_fit() -> None:
+    model, work = common_model("1.3B")
+    work = replace(work, width=1280, height=720)
+    assert decode_grid(model.coder, work, 100 * GB).whole
+    small = decode_grid(model.coder, work, 4 * GB)
+    assert not small.whole
+    assert decode_bytes(model.coder, work, small) < decode_bytes(model.coder, work, Grid(1, 1, 1))
+
+
+def test_the_vae_chooses_the_tiles_that_the_plan_says() -> None:
+    """`vae_fused.decoder_grid` on the same numbers."""
+    from turbowan.models.vae import WanVAE
+    from turbowan.models.vae_fused import decoder_grid
+
+    with torch.device("meta"):
+        decoder = WanVAE(96).bfloat16().decoder
+    model, work = common_model("1.3B")
+    for width, height in SIZES.values():
+        work = replace(work, width=width, height=height)
+        x = torch.empty(1, 21, height // 8, width // 8, 384, dtype=torch.bfloat16, device="meta")
+        for budget in (GB, 3 * GB, 5 * GB, 8 * GB, 20 * GB):
+            assert decode_grid(model.coder, work, budget) == decoder_grid(decoder, x, budget)
+
+
+def test_blocks_that_stay_are_what_there_is_room_for() -> None:
+    found = plan("14B int8", "720p", 16)
+    place = found.places["transformer"]
+    block = place.nbytes / 41
+    assert found.usable - block < found.peaks["denoise"] <= found.usable
+    assert 0 < place.resident < place.blocks == 40
+
+
+def test_rows_tell_every_part_and_stage() -> None:
+    rows = list(plan("A14B-I2V int8", "720p", 16).rows())
+    names = [row[0] for row in rows]
+    assert names == [
+        "high noise", "low noise", "text encoder", "vae", "text", "condition", "denoise", "switch", "decode", "usable",
+    ]
+    assert "pinned" in rows[0][2]
+
+
+def test_places_in_words() -> None:
+    assert Place("gpu", GB).text == "on the device"
+    assert Place("disk", GB, 4).text == "read anew for each request; its 4 blocks stream through"
+    assert "3 of 4 blocks stay" in Place("host", GB, 4, 3, True).text
+    assert not Place("host", GB, 4, 4).streamed

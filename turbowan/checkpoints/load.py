@@ -319,7 +319,7 @@ EMPTY: dict[str, Callable[[State, str], tuple[Any, State]]] = {
 
 
 def outline(state: State, role: str, name: str) -> Any:
-    """The module a state makes, on the meta device: all its sizes, none of its values.
+    """The module a state makes, on the meta device: all its sizes and the file's dtypes, none of its values.
 
     Args:
         state: under our names. role: a key of `EMPTY`. name: how to call the file in an error.
@@ -327,7 +327,9 @@ def outline(state: State, role: str, name: str) -> Any:
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
     """
-    return EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)[0]
+    part, state = EMPTY[role]({key: value.to("meta") for key, value in state.items()}, name)
+    getattr(part, "model", part).load_state_dict(state, assign=True)
+    return part
 
 
 def embedded_tokenizer(path: Path | str) -> bytes | None:

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    gpu_budget: Annotated[str | None, typer.Option(help="What fits in so much, such as 12GB.")] = None,
 ) -> None:
     """Look at this machine. Exit code 0: everything needed works; 2: something is missing, the last lines say what."""
-    report = examine()
+    report = examine(gpu_budget)
     if as_json:
         print(json.dumps(report))
     else:
@@ -24,8 +25,13 @@ def doctor(
     raise typer.Exit(2 if report["problems"] else 0)
 
 
-def examine() -> dict[str, Any]:
-    """All facts, as `--json` prints them. problems: what must be mended; notes: what could be better."""
+def examine(gpu_budget: str | None = None) -> dict[str, Any]:
+    """All facts, as `--json` prints them. problems: what must be mended; notes: what could be better.
+
+    Args:
+        gpu_budget: models are planned for as much memory of a GPU, which need not be there; by default for the first
+            GPU, if there is one.
+    """
     from .. import __version__
     from ..machine import REQUIRED, host, package_problems, package_versions
 
@@ -35,7 +41,22 @@ def examine() -> dict[str, Any]:
     if all(packages[name] for name in REQUIRED):
         _examine_torch(report)
         _examine_parts(report)
+        _examine_memory(report, gpu_budget)
     return report
+
+
+def _examine_memory(report: dict[str, Any], gpu_budget: str | None) -> None:
+    """By model and size, the plan or why there is none."""
+    from ..memory.catalog import plan_common
+    from ..memory.room import UNKNOWN_HOST, Room
+    from ..request import parse_bytes
+
+    gpu = report["devices"][0]["memory_free"] if report["devices"] else None
+    budget = None if gpu_budget is None else parse_bytes(gpu_budget)
+    if gpu is None and budget is None:
+        return
+    room = Room(gpu or budget or 0, report["memory_free"] or UNKNOWN_HOST, budget=budget)
+    report["plans"] = plan_common(room)
 
 
 def _examine_torch(report: dict[str, Any]) -> None:
@@ -133,7 +154,7 @@ def _encoder_problem(suffix: str) -> str | None:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from ..machine import OPTIONAL, REQUIRED
+    from ..machine import OPTIONAL, REQUIRED, size_text
     from .table import print_table
 
     print_table("Machine", _machine_rows(report))
@@ -158,6 +179,12 @@ def _print_report(report: dict[str, Any]) -> None:
         ]
         title = f"Linear layers of a file (--precision auto; a change may add an error of {BUDGET:g})"
         print_table(title, linears, ("file's format", "on", "runs in", "why"))
+    if "plans" in report:
+        rows = [
+            (plan["model"], plan["size"], size_text(plan["peak"]) if plan["peak"] else "", plan["summary"])
+            for plan in report["plans"]
+        ]
+        print_table("Memory: common models, 81 frames, planned", rows, ("model", "size", "peak", "how"))
     for note in report["notes"]:
         print(f"note: {note}")
     for problem in report["problems"]:

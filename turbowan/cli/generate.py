@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..request import GenerateRequest
 
 _FILES, _SIZE, _SAMPLING, _MACHINE = "Model files", "Size and length", "Sampling", "Machine and precision"
 
@@ -60,6 +65,9 @@ def generate(
     memory: Annotated[str, typer.Option(help="auto, speed, balanced, minimal.", rich_help_panel=_MACHINE)] = "auto",
     gpu_budget: Annotated[str | None, typer.Option(help="Such as 12GB.", rich_help_panel=_MACHINE)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_MACHINE)] = "auto",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only show where everything would go in memory.", rich_help_panel=_MACHINE)
+    ] = False,
 ) -> None:
     """Make a video from a prompt (and an image). What is left open comes from the model's manifest."""
     from ..media.saving import VideoFiles
@@ -97,6 +105,9 @@ def generate(
         model, transformer=transformer, high_noise=high_noise, low_noise=low_noise, vae=vae, text_encoder=text_encoder,
         tokenizer=tokenizer, image_encoder=image_encoder, device=device,
     )  # fmt: skip
+    if explain:
+        _explain(engine, requests, print_json)
+        return
     line = ProgressLine()
     with between_steps() as check:
 
@@ -113,6 +124,22 @@ def generate(
             if sys.stderr.isatty():
                 stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.stages.items() if seconds)
                 print(f"seconds: {stages}", file=sys.stderr)
+
+
+def _explain(engine: Engine, requests: Sequence[GenerateRequest], print_json: bool) -> None:
+    """The plan of each request that differs from those before it. Nothing is loaded."""
+    from .table import print_table
+
+    seen = []
+    for request in requests:
+        plan = engine.plan(request)
+        if plan.as_dict() in seen:
+            continue
+        seen.append(plan.as_dict())
+        if print_json:
+            print(json.dumps(plan.as_dict()))
+        else:
+            print_table(f"Memory {plan.mode}: {plan.summary}", list(plan.rows()), ("what", "at most", "how"))
 
 
 def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:

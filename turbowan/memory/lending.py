@@ -11,21 +11,28 @@ from torch import Tensor, nn
 
 Adjust = Callable[[nn.Module, str, Tensor], Tensor]
 Copies = list[tuple[nn.Module, str, Tensor]]
+Memory = Callable[[int, int, torch.device], Tensor]
+_ALIGNED = 256  # bytes; where each weight of a unit's copy begins
 
 
 class Lender:
     """Forward hooks on the units of a network.
 
     Before a unit runs, its weights that lie elsewhere than its input are copied there; after it, however it ended, the
-    ones on the host are back in their place. They are never copied back. On a GPU the copies of the unit that comes
-    next run beside the present one's work, so that about two units are there at a time.
+    ones on the host are back in their place. They are never copied back. On a GPU the copies of the next unit that
+    needs any run beside the present work, so that about two units are there at a time. Units that stay keep their
+    copies from their first turn on, until `release`.
 
     Args:
-        units: the whole network, then its blocks in the order they run. A unit's weights are the parameters beneath it
-            that are in no other unit.
-        adjust: (module, parameter's name, weight on the device) -> what is used in its place, for adapters.
+        units: the whole network, then its blocks in the order they run. A unit's weights are the parameters and buffers
+            beneath it that are in no other unit.
+        adjust: (module, weight's name, weight on the device) -> what is used in its place, for adapters.
         adjusts: whether `adjust` has anything to do for a module, whose weights are then lent wherever they lie.
         before: called before each unit; an exception it raises ends the pass.
+        stays: units, by their place in the list, whose copies are kept.
+        always: weights are lent even where they lie beside the input, as on a CPU all do.
+        memory: (unit, bytes, device) -> uint8 [bytes] for its copy; taken from PyTorch, and given back, by default.
+            What it gives one unit, it may give another two turns later.
     """
 
     def __init__(
@@ -34,23 +41,49 @@ class Lender:
         adjust: Adjust | None = None,
         adjusts: Callable[[nn.Module], bool] | None = None,
         before: Callable[[], None] | None = None,
+        stays: frozenset[int] = frozenset(),
+        always: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self._units = [ref(unit) for unit in units]  # a cycle would keep a network until Python looks for cycles
         self._known = {id(unit) for unit in units}
         self._adjust, self._adjusts, self._before = adjust, adjusts or (lambda _: False), before
+        self.stays, self.memory = stays, memory or _fresh
+        self._always = always
         self._ready: dict[int, Copies] = {}  # copies that are there or under way, by unit
-        self._owned: dict[int, Copies] = {}  # what the copies stand for, by unit that runs
+        self._owned: dict[int, Copies] = {}  # what the copies stand for, by unit that runs or stays
+        self._settled: set[int] = set()  # units that stay, once they have been lent
         self._stream: Any = None
         for i, unit in enumerate(units):
             unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
             unit.register_forward_hook(self._leave_hook(i), always_call=True)
+
+    @torch.compiler.disable
+    def settle(self, i: int, device: torch.device) -> None:
+        """Copy a unit that stays before its first turn."""
+        if i not in self._settled:
+            self._use(i, self._copies(i, device), device)
+            self._settled.add(i)
+
+    def release(self) -> None:
+        """Everything is back in its place; the copies are given up."""
+        self._drop_ready()
+        self._settled.clear()
+        for unit in list(self._owned):
+            self._give_back(unit)
+
+    def weights_of(self, i: int) -> Copies:
+        """A unit's own weights, those that modules share as often as they do."""
+        unit = self._units[i]()
+        assert unit is not None
+        return [(leaf, name, weight) for leaf in self._leaves_of(unit) for name, weight in held(leaf).items()]
 
     def _leaves_of(self, unit: nn.Module) -> Iterator[nn.Module]:
         """The modules beneath a unit, itself included, that hold weights themselves."""
         for module in unit.children():
             if id(module) not in self._known:
                 yield from self._leaves_of(module)
-        if unit._parameters:
+        if unit._parameters or unit._buffers:
             yield unit
 
     def _enter_hook(self, i: int) -> Any:
@@ -59,8 +92,10 @@ class Lender:
             if self._before is not None:
                 self._before()
             if i == 0:  # a pass that Python itself broke off left them
+                self._drop_ready()
                 for unit in list(self._owned):
-                    self._give_back(unit)
+                    if unit not in self._settled:
+                        self._give_back(unit)
             device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             self._lend(i, device)
 
@@ -69,48 +104,110 @@ class Lender:
     def _leave_hook(self, i: int) -> Any:
         @torch.compiler.disable
         def leave(*_: Any) -> None:
-            self._give_back(i)
+            if i in self.stays:
+                self._settled.add(i)
+            else:
+                self._give_back(i)
             if i == 0:  # the pass is over, or broken off
-                self._ready.clear()
+                self._drop_ready()
 
         return leave
 
     def _give_back(self, i: int) -> None:
         for module, name, weight in self._owned.pop(i, []):
-            module._parameters[name] = weight  # type: ignore[assignment]
+            put(module, name, weight)
+
+    def _drop_ready(self) -> None:
+        if self._ready and self._stream is not None:  # their memory may be given to others from now on
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._ready.clear()
 
     def _lend(self, i: int, device: torch.device) -> None:
-        copies = self._ready.pop(i, None) or self._copies(i, device)
-        if device.type == "cuda" and self._stream is not None:
-            torch.cuda.current_stream(device).wait_stream(self._stream)
+        if i not in self._settled:
+            copies = self._ready.pop(i, None)
+            if copies is None:
+                copies = self._copies(i, device)
+            elif self._stream is not None:
+                torch.cuda.current_stream(device).wait_stream(self._stream)
+            self._use(i, copies, device)
+        if not self._ready:
+            coming = next((j for j in range(i + 1, len(self._units)) if j not in self._settled), None)
+            if coming is not None and (device.type == "cuda" or self._always):
+                self._ready[coming] = self._copies(coming, device, beside=True)
+
+    def _use(self, i: int, copies: Copies, device: torch.device) -> None:
         owned: Copies = []
         for module, name, copy in copies:
-            weight = module._parameters[name]
-            assert weight is not None
-            owned.append((module, name, weight))
-            if copy.is_cuda:
-                copy.record_stream(torch.cuda.current_stream(device))
-            used = copy if self._adjust is None else self._adjust(module, name, copy)
-            module._parameters[name] = nn.Parameter(used, requires_grad=False)
+            owned.append((module, name, held(module)[name]))
+            put(module, name, copy if self._adjust is None else self._adjust(module, name, copy))
         self._owned[i] = owned
-        if device.type == "cuda" and i + 1 < len(self._units):
-            self._stream = self._stream or torch.cuda.Stream(device)
-            with torch.cuda.stream(self._stream):
-                self._ready[i + 1] = self._copies(i + 1, device)
 
-    def _copies(self, i: int, device: torch.device) -> Copies:
-        copies: Copies = []
-        unit = self._units[i]()
-        assert unit is not None
-        made: dict[Tensor, Tensor] = {}  # weights that two modules share are copied once
-        for module in self._leaves_of(unit):
-            adjusted = self._adjusts(module)
-            for name, weight in module._parameters.items():
-                if weight is not None and (adjusted or weight.device != device):
-                    if adjusted or weight not in made:
-                        made[weight] = weight.detach().to(device, non_blocking=True, copy=adjusted)
-                    copies.append((module, name, made[weight]))
-        return copies
+    def _copies(self, i: int, device: torch.device, beside: bool = False) -> Copies:
+        """A unit's weights on the device.
+
+        Memory is taken in the order of the present stream's work and given back in it, so that it goes round however
+        far the host is ahead of the GPU. The copies begin when all work up to here is done: another unit's
+        weights may have been in that memory.
+
+        Args:
+            beside: on a stream of their own; whoever uses them waits for it.
+        """
+        wanted = [
+            (module, name, weight)
+            for module, name, weight in self.weights_of(i)
+            if self._always or weight.device != device or self._adjusts(module)
+        ]
+        sources = list({id(weight): weight for _, _, weight in wanted}.values())  # shared ones are copied once
+        if not sources:
+            return []
+        memory = self.memory(i, together_bytes(sources), device)
+        targets = dict(zip(map(id, sources), laid_out(memory, sources), strict=True))
+        if beside and device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                _copy(sources, targets)
+        else:
+            _copy(sources, targets)
+        return [(module, name, targets[id(weight)]) for module, name, weight in wanted]
+
+
+def _copy(sources: Sequence[Tensor], targets: dict[int, Tensor]) -> None:
+    for source in sources:
+        targets[id(source)].copy_(source.detach(), non_blocking=True)
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module itself."""
+    return {k: v for k, v in (*module._parameters.items(), *module._buffers.items()) if v is not None}
+
+
+def put(module: nn.Module, name: str, weight: Tensor) -> None:
+    """In the place of the weight that a module has."""
+    if name in module._buffers:
+        module._buffers[name] = weight
+    elif isinstance(weight, nn.Parameter):
+        module._parameters[name] = weight
+    else:
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+
+
+def _fresh(_: int, size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def together_bytes(like: Sequence[Tensor]) -> int:
+    """What `laid_out` needs."""
+    return sum(-(-weight.nbytes // _ALIGNED) * _ALIGNED for weight in like)
+
+
+def laid_out(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes, one after the other in a piece of memory, uint8 [n]."""
+    tensors, start = [], 0
+    for weight in like:
+        tensors.append(memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))
+        start += together_bytes([weight])
+    return tensors
 
 
 def pin(module: nn.Module) -> bool:

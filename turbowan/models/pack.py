@@ -52,7 +52,7 @@ def file_format(net: nn.Module) -> str:
     formats = {
         "fp8_scaled" if isinstance(layer, ScaledLinear) else format_of(layer)
         for name, layer in net.blocks.named_modules()  # type: ignore[union-attr, operator]
-        if is_linear(layer) and name.rpartition(".")[2] not in _WHOLE
+        if is_rounded(layer, name)
     }
     return formats.pop() if len(formats) == 1 else "mixed"
 
@@ -70,7 +70,7 @@ def round_linears(net: WanTransformer, format: str) -> None:
 def _round_layers(part: nn.Module, format: str, dtype: torch.dtype) -> None:
     for module in list(part.modules()):
         for name, layer in list(module.named_children()):
-            if name in _WHOLE or not is_linear(layer):
+            if not is_rounded(layer, name):
                 continue
             if format == "bf16":
                 setattr(module, name, _whole_linear(layer, dtype))
@@ -101,6 +101,16 @@ def _whole_linear(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 def is_linear(module: nn.Module) -> bool:
     """Whether it multiplies by a weight [N, K], however that is stored."""
     return isinstance(module, (nn.Linear, Int8BlockLinear, RowLinear, ScaledLinear))
+
+
+def is_rounded(module: nn.Module, name: str = "") -> bool:
+    """Whether a block's module of this name is a linear layer that may run in 8 bits."""
+    return is_linear(module) and name.rpartition(".")[2] not in _WHOLE
+
+
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """Outputs and inputs of a linear layer of any kind."""
+    return next(w for w in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if w.ndim == 2).shape
 
 
 def full_weight(layer: nn.Module) -> Tensor:

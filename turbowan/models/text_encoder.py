@@ -152,6 +152,11 @@ class TextEncoder(nn.Module):
     def width(self) -> int:
         return self.sizes.width
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """In the order they run."""
+        return self.model.encoder.block
+
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Token ids to embeddings.
 

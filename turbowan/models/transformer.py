@@ -331,9 +331,17 @@ class WanTransformer(nn.Module):
             x, change = block(x, change, modulation, rotation, context, told, self.attention, self.norms)
         return x if change is None else x + change[0] * change[1].to(x.dtype)
 
-    def tell(self, text: Tensor, image_tokens: Tensor | None = None, text_rows: int | None = None) -> Context:
-        """Text and image tokens, as `forward` takes them, turned once into every block's keys and values."""
+    def tell(
+        self, text: Tensor, image_tokens: Tensor | None = None, text_rows: int | None = None, blocks: bool = True
+    ) -> Context:
+        """Text and image tokens, as `forward` takes them, turned once into every block's keys and values.
+
+        Args:
+            blocks: False leaves that to the blocks, in every step: for those whose weights come and go.
+        """
         context = self._embed_context(text, image_tokens, text_rows)
+        if not blocks:
+            return context
         crossing = [module for module in self.modules() if isinstance(module, CrossAttention)]
         return replace(context, blocks=tuple(each.keys_values(context.text, context.image) for each in crossing))
 

@@ -350,7 +350,7 @@ class WanVAE(nn.Module):
         _check_video(video.shape[2], *video.shape[-2:])
         return self._normalise(self.encoder(video.to(self.dtype), Clip()))
 
-    def encode_first_frame(self, image: Tensor, num_frames: int) -> Tensor:
+    def encode_first_frame(self, image: Tensor, num_frames: int, budget: int | None = None) -> Tensor:
         """The latent of a clip whose first frame is `image` and whose others are 0.0, for a fraction of the work.
 
         Each stage computes frames only until its output stops changing, then repeats the last one.
@@ -358,6 +358,7 @@ class WanVAE(nn.Module):
         Args:
             image: [B, 3, H, W] in -1..1.
             num_frames: 4k+1.
+            budget: bytes for the layers before the middle, of what is fused on a GPU; it chooses where there is none.
 
         Returns:
             float32 [B, 16, k+1, H/8, W/8], equal to `encode` of the whole clip up to rounding.
@@ -369,7 +370,7 @@ class WanVAE(nn.Module):
         image = image.to(self.dtype).unsqueeze(2)
         start = torch.cat([image, torch.zeros_like(image)], dim=2)[:, :, :num_frames]
         if vae_fused.serves(start, self):
-            encoded = vae_fused.encode(self.encoder, start, num_frames)
+            encoded = vae_fused.encode(self.encoder, start, num_frames, budget)
         else:
             encoded = self.encoder(start, clip)
         return self._normalise(clip.match(encoded, latent_frames(num_frames)))
@@ -378,14 +379,18 @@ class WanVAE(nn.Module):
         """Latent [B, 16, k+1, h, w] to video, float32 [B, 3, 4k+1, 8h, 8w], not clamped to -1..1."""
         return torch.cat(list(self.decode_stream(latent)), dim=2)
 
-    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
-        """Yield float32 [B, 3, 1, H, W] first, then [B, 3, 4, H, W] chunks in order; together they are `decode`."""
+    def decode_stream(self, latent: Tensor, budget: int | None = None) -> Iterator[Tensor]:
+        """Yield float32 [B, 3, 1, H, W] first, then [B, 3, 4, H, W] chunks in order; together they are `decode`.
+
+        Args:
+            budget: bytes for the layers after the middle, of what is fused on a GPU; it chooses where there is none.
+        """
         from . import vae_fused
 
         mean, inverse_std = self._statistics()
         x = self.conv2(latent.to(self.dtype) / inverse_std + mean, Clip())
         if vae_fused.serves(x, self):
-            for several in vae_fused.decode(self.decoder, x):
+            for several in vae_fused.decode(self.decoder, x, budget):
                 fours, first = divmod(several.shape[2], TEMPORAL_FACTOR)
                 yield from several.float().split([1] * first + [TEMPORAL_FACTOR] * fours, dim=2)
             return

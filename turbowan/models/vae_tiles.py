@@ -84,11 +84,21 @@ def choose(budget: int, height: int, width: int, halo: int, most: int, per_frame
         if (fixed + latents * per_frame) * height * width <= budget:
             return Grid(1, 1, latents)
 
+    rows, columns = (
+        {count: _largest_and_sum(length, count, halo) for count in range(1, -(-length // 4) + 1)}
+        for length in (height, width)
+    )
+
     def cost(grid: Grid) -> tuple[bool, int]:
         """Not fitting is the worst, and then the largest tile; else the positions worked on in all."""
-        areas = [(y.stop - y.start) * (x.stop - x.start) for y, x in grid.tiles(height, width, halo)]
-        fits = (fixed + per_frame) * max(areas) <= budget
-        return not fits, sum(areas) if fits else max(areas)
+        (tallest, heights), (widest, widths) = rows[grid.rows], columns[grid.columns]
+        fits = (fixed + per_frame) * tallest * widest <= budget
+        return not fits, heights * widths if fits else tallest * widest
 
-    limits = range(1, -(-height // 4) + 1), range(1, -(-width // 4) + 1)
-    return min((Grid(rows, columns, 1) for rows, columns in product(*limits)), key=cost)
+    return min((Grid(r, c, 1) for r, c in product(rows, columns)), key=cost)
+
+
+def _largest_and_sum(length: int, count: int, halo: int) -> tuple[int, int]:
+    """Of the lengths of an axis's spans."""
+    lengths = [span.stop - span.start for span in spans(length, count, halo)]
+    return max(lengths), sum(lengths)

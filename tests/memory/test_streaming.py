@@ -1,0 +1,223 @@
+"""Whatever the plan, the frames are the same: parts that stay, take turns, or stream block by block, on the CPU too."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import turbowan
+from turbowan import Engine, GenerateRequest
+from turbowan.errors import MachineError, Note
+from turbowan.memory.plan import Place, Plan, make_plan
+
+SMALL = {"width": 64, "height": 48, "num_frames": 5, "num_steps": 2, "boundary": 0.95}
+PICTURE = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+WAYS: dict[str, Callable[[str, Place], Place]] = {
+    "resident": lambda role, place: replace(place, home="gpu"),
+    "switched": lambda role, place: replace(place, home="host", resident=place.blocks),
+    "half streamed": lambda role, place: replace(place, home="host", resident=place.blocks // 2),
+    "streamed": lambda role, place: replace(place, home="host", resident=0),
+    "from disk": lambda role, place: replace(place, home="disk", resident=0),
+    "released": lambda role, place: replace(place, home="disk", resident=place.blocks),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have every plan put the parts in one of WAYS, whatever fits."""
+
+    def force(way: str) -> None:
+        def plan(*args: object) -> Plan:
+            made = make_plan(*args)  # type: ignore[arg-type]
+            places = {role: WAYS[way](role, place) for role, place in made.places.items()}
+            return replace(made, places=places, early=way != "from disk")
+
+        monkeypatch.setattr("turbowan.engine.make_plan", plan)
+
+    return force
+
+
+def frames(engine: Engine, precision: str, seed: int = 1, **more: object) -> np.ndarray:
+    image = PICTURE if engine.needs_image else None
+    small = SMALL if engine.needs_image else {k: v for k, v in SMALL.items() if k != "boundary"}
+    size = {**small, "width": 16, "height": 16, "num_frames": 1} if precision == "bf16" else small  # slow on a CPU
+    request = GenerateRequest(prompt="a red ring", image=image, precision=precision, seed=seed, **size, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return engine.generate(request).frames
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_the_same_frames_bit_by_bit(model: str, precision: str, forced: Callable[[str], None]) -> None:
+    engine = Engine.load(model, device="cpu")
+    forced("resident")
+    wanted = frames(engine, precision)
+    for way in WAYS:
+        forced(way)
+        assert np.array_equal(frames(engine, precision), wanted), way
+        if way == "half streamed":  # another request finds what the first one left
+            assert np.array_equal(frames(engine, precision), wanted)
+        hosted = {role for role in engine.manifest.files if engine.parts.is_hosted(role)}
+        assert bool(hosted) == (way in ("switched", "half streamed", "streamed", "from disk"))
+        if way in ("from disk", "released"):
+            assert engine.parts.nbytes == 0
+        if way in ("switched", "half streamed", "streamed"):
+            assert engine.parts.nbytes == 0  # all of it went back to the host
+            assert engine.parts.host_bytes > 10**7
+
+
+def test_streamed_blocks_take_the_memory_of_two(forced: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While steps run: what is in no block and two blocks, not all."""
+    engine = Engine.load("tiny", device="cpu")
+    taken = []
+    run = turbowan.stages.Run
+    told = run._tell
+
+    def tell(self: turbowan.stages.Run, net: nn.Module, condition: object) -> object:
+        taken.append(engine.parts.nbytes)
+        return told(self, net, condition)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "_tell", tell)
+    size = engine.part_sizes(torch.float32)["transformer"]
+    for way, blocks in (("streamed", 2), ("switched", len(size.blocks))):
+        taken.clear()
+        forced(way)
+        frames(engine, "float32")
+        assert max(taken) == pytest.approx(size.rest + blocks * size.largest_block, rel=0.02)
+
+
+def test_another_size_another_plan(forced: Callable[[str], None]) -> None:
+    """Plans may change from request to request."""
+    engine = Engine.load("tiny-i2v", device="cpu")
+    forced("resident")
+    wanted = frames(engine, "int8_block")
+    for way in ("streamed", "resident", "from disk", "half streamed", "switched", "released", "streamed"):
+        forced(way)
+        assert np.array_equal(frames(engine, "int8_block"), wanted)
+
+
+def test_an_end_in_the_middle_leaves_nothing_behind(forced: Callable[[str], None]) -> None:
+    engine = Engine.load("tiny-i2v", device="cpu")
+    forced("half streamed")
+    wanted = frames(engine, "int8")
+    assert engine.parts.nbytes == 0
+    for stage in ("text", "condition", "denoise", "decode"):
+
+        def stop(at: turbowan.Progress, stage: str = stage) -> None:
+            if at.stage == stage and at.done == at.total - (stage == "denoise"):
+                raise KeyboardInterrupt
+
+        request = GenerateRequest(prompt="a red ring", image=PICTURE, precision="int8", seed=1, **SMALL)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(request, stop)
+        assert engine.parts.nbytes == 0
+    assert np.array_equal(frames(engine, "int8"), wanted)
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_wanted(
+    forced: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.load("tiny-i2v", device="cpu")
+    seen: list[str] = []
+    load = turbowan.stages.LOADERS["high_noise"]
+
+    def fail(*_: object, **__: object) -> nn.Module:
+        raise MachineError("the disk is gone")
+
+    for way in ("resident", "streamed"):
+        forced(way)
+        monkeypatch.setitem(turbowan.stages.LOADERS, "high_noise", fail)
+        request = GenerateRequest(prompt="a red ring", image=PICTURE, seed=1, **SMALL)
+        with pytest.raises(MachineError, match="the disk is gone"):
+            engine.generate(request, lambda at: seen.append(at.stage))
+        assert seen[-1] == "denoise"
+        monkeypatch.setitem(turbowan.stages.LOADERS, "high_noise", load)
+        assert engine.generate(request).frames.shape == (5, 48, 64, 3)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_requests(forced: Callable[[str], None]) -> None:
+    """Resident memory of this process over 20 requests in each way."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("this system does not tell")
+
+    def resident() -> int:
+        gc.collect()
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    engine = Engine.load("tiny-i2v", device="cpu")
+    for way in WAYS:
+        forced(way)
+        for _ in range(4):
+            frames(engine, "int8_block")
+        before = resident()
+        for seed in range(20):
+            frames(engine, "int8_block", seed)
+        assert resident() <= before * 1.02, way
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v"])
+def test_the_same_frames_on_a_gpu(model: str, forced: Callable[[str], None]) -> None:
+    engine = Engine.load(model, device="cuda")
+    forced("resident")
+    wanted = frames(engine, "int8")
+    for way in WAYS:
+        forced(way)
+        for _ in range(2):
+            found = frames(engine, "int8")
+            if way != "from disk":  # q, k and v are three products there
+                assert np.array_equal(found, wanted), way
+            assert np.abs(found.astype(int) - wanted).mean() < 1
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_budget_caps_what_is_taken_on_a_gpu() -> None:
+    """PyTorch may not take more while it runs, and may again afterwards."""
+    engine = Engine.load("tiny-i2v", device="cuda")
+    wanted = frames(engine, "int8")
+    engine.parts.clear()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    capped = frames(engine, "int8", gpu_budget="2GB")
+    assert torch.cuda.max_memory_reserved() <= 1.5e9
+    assert np.array_equal(capped, wanted)
+    del engine
+    with pytest.raises(MachineError, match=r"fits|nothing smaller"):
+        frames(Engine.load("tiny-i2v", device="cuda"), "int8", gpu_budget="600MB")
+    free = torch.cuda.mem_get_info()[0]
+    if free > 4 * 10**9:
+        assert torch.empty(3 * 10**9, dtype=torch.uint8, device="cuda").numel()
+
+
+def test_a_refusal_names_what_fits() -> None:
+    """Found by planning smaller requests; asked for, it is not refused."""
+    engine = Engine.load("tiny", device="cpu")
+    big = GenerateRequest(prompt="a ring", width=832, height=480, num_frames=81, gpu_budget="1.7GB")
+    with pytest.raises(MachineError) as caught:
+        engine.plan(big)
+    pattern = r".* 832x480, 81 frames: \w+ takes .* to be had .* in the budget, .*; (.*)x(.*), (.*) frames? fits"
+    found = re.match(pattern, str(caught.value))
+    assert found, str(caught.value)
+    width, height, count = map(int, found.groups())
+    assert engine.plan(replace(big, width=width, height=height, num_frames=count)).peak < 1.7e9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        with pytest.raises(MachineError, match="nothing smaller fits either"):
+            engine.plan(replace(big, gpu_budget="1MB"))
+    assert engine.parts.nbytes == 0

@@ -1,0 +1,52 @@
+"""Page-locked host memory of exactly the size that is needed: PyTorch's own rounds each tensor to a power of two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from .lending import laid_out, together_bytes
+
+_PAGE = 4096
+
+
+class Locked:
+    """Copies of tensors, next to each other in memory from which a GPU copies by itself. Unlocked when the object goes.
+
+    Raises:
+        RuntimeError: the machine does not lock so much.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        size = -(-together_bytes(tensors) // _PAGE) * _PAGE  # whole pages, which no other memory shares
+        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % _PAGE :][:size]
+        code = int(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
+        if code != 0:
+            _forget_error()
+            raise RuntimeError(f"cudaHostRegister of {size:,} bytes gave error {code}")
+        finalize(self, _unlock, memory).atexit = False
+        self.tensors = laid_out(memory, tensors)
+        for target, tensor in zip(self.tensors, tensors, strict=True):
+            target.copy_(tensor.detach())
+
+
+def _unlock(memory: Tensor) -> None:
+    torch.cuda.synchronize()  # copies from it may be under way
+    _runtime().cudaHostUnregister(memory.data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
+
+
+def _forget_error() -> None:
+    """CUDA keeps an error until somebody asks, and the next kernel would be blamed for it."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except RuntimeError:
+        return

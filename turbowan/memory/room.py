@@ -1,0 +1,97 @@
+"""How much memory there is, and a cap on what PyTorch may take of it. The one place that asks the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..machine import free_memory
+from ..request import parse_bytes
+
+CONTEXT = 5 * 10**8  # bytes of a GPU that a process takes before PyTorch takes any: driver, loaded kernels
+MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: what does not fit between other blocks, scratch of convolutions
+HOST_MARGIN, HOST_SHARE = 10**9, 0.9  # of the host's free memory this much may hold weights, less a margin
+PINNED_SHARE = 0.7  # of the host's free memory, at most, is locked
+UNKNOWN_HOST = 8 * 10**9  # bytes that a host is taken to have when it does not tell
+
+
+@dataclass(frozen=True)
+class Room:
+    """gpu: bytes that PyTorch could take on the device, ours included (of the host, for a CPU engine). host: bytes
+    that the host has free, ours included. budget: bytes, over the whole process. name: of the device.
+    """
+
+    gpu: int
+    host: int
+    name: str = "cuda"
+    budget: int | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.name.startswith("cpu")
+
+    @property
+    def limited(self) -> bool:
+        """Whether the budget is what limits."""
+        return self.budget is not None and self.limit == self.cap
+
+    @property
+    def cap(self) -> int | None:
+        """What PyTorch may take within the budget."""
+        return None if self.budget is None else max(0, self.budget - (CONTEXT if self.on_gpu else 0))
+
+    @property
+    def limit(self) -> int:
+        return self.gpu if self.cap is None else min(self.gpu, self.cap)
+
+    @property
+    def usable(self) -> int:
+        """What a plan may fill."""
+        return max(0, int(self.limit * (1 - MARGIN_SHARE)) - MARGIN)
+
+    @property
+    def usable_host(self) -> int:
+        """For weights."""
+        return max(0, int(self.host * HOST_SHARE) - HOST_MARGIN)
+
+    @property
+    def place(self) -> str:
+        return "in the budget" if self.limited else f"free on {self.name}"
+
+
+def find_room(device: torch.device, budget: int | str | None = None, resident: int = 0, hosted: int = 0) -> Room:
+    """Of this machine, now.
+
+    Args:
+        resident, hosted: bytes of our weights on the device and (of a GPU engine) on the host, which can be given up.
+    """
+    cap = None if budget is None else parse_bytes(budget)
+    host = (free_memory() or UNKNOWN_HOST) + hosted
+    if device.type != "cuda":
+        return Room(host + resident, host + resident, str(device), cap)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Room(int(torch.cuda.mem_get_info(device)[0]) + unused + resident, host, str(device), cap)
+
+
+@contextmanager
+def capped(device: torch.device, cap: int | None) -> Iterator[None]:
+    """PyTorch takes no more than so many bytes of a GPU for as long as this is open; None and a CPU: no cap."""
+    if device.type != "cuda" or cap is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device) if _can_tell() else 1.0
+    if torch.cuda.memory_reserved(device) > cap:
+        torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(before, cap / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _can_tell() -> bool:
+    return hasattr(torch.cuda, "get_per_process_memory_fraction")  # from PyTorch 2.8 on
