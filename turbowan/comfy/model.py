@@ -113,6 +113,7 @@ class Network(WanTransformer):
         replaced = self._options.get("patches_replace", {}).get("dit", {})
         if not any(("double_block", i) in replaced for i in range(len(self.blocks))):
             return super()._run_blocks(x, modulation, rotation, context)
+        x = self.patch_embedding(x.to(self.dtype))
         for i, block in enumerate(self.blocks):
 
             def original(args: dict[str, Any], block: Any = block) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What each stage takes besides weights, in bytes, from the structure of the networks.
 
-The transformer's formula counts the tensors that live at the two fullest points of a block; on one H200 it lies 1 to
+The transformer's formula counts the tensors that live at the two fullest points of a block; on one H200 it lies 2 to
 13 % above every measured step (`benchmarks/results`, held to it by a test).
 """
 
@@ -67,35 +67,45 @@ def text_bytes(width: int, work: Work) -> int:
     return WORKSPACE + int(prompts * TEXT_ROWS * row)
 
 
-def denoise_bytes(config: TransformerConfig, work: Work, told: bool = True) -> int:
-    """One evaluation of the transformer.
+def token_bytes(config: TransformerConfig, work: Work) -> dict[str, int]:
+    """What a block holds for each token where it holds most.
 
-    Per token, with D and F the widths, d bytes a number and r bytes a number of the rows that linear layers read: the
-    stream and the last change, which the caller of a block still holds, and the new stream (3 d D). At the end of
-    self-attention, rows (r D), q, k and v (3 d D), q and k rotated (2 d D), the result (d D), its rows (r D, only
-    in 8 bits) and its projection (d D). Or, in the feed-forward layers, the results of both attentions (2 d D), the rows
-    (r D), the hidden layer (d F), its rows (r F, or d F if GELU is a pass of its own) and the result (d D), the last
-    two not at once.
+    With D and F the widths, d bytes a number and r bytes a number of the rows that linear layers read: always the
+    stream and the last change, which the caller still holds, the new stream (3 d D), and rows (r D).
 
-    Besides, per token: the rotation's tables (512 bytes), the sampler's state, velocity and noises. And what every
-    block makes of the text, unless (`told`) it does so anew each time, as streamed blocks do.
+    "attention": besides, q, k and v (3 d D), q and k rotated (2 d D), the result (d D), with SageSLA its codes (3 D).
+    "projection": the attention's result (d D), its rows (r D, only in 8 bits) and what the projection makes (d D).
+    "feed_forward": the results of both attentions (2 d D), the hidden layer (d F), then its rows (r F, or d F if GELU
+    is a pass of its own), or what comes out (d D).
     """
     d, width, hidden = work.itemsize, config.dim, config.ffn_dim
     r = 1 if work.eight_bit else d
-    attention = (3 + 3 + 2 + 1 + 1) * d * width + (2 if work.eight_bit else 1) * r * width
-    if work.attention == "sagesla" and work.kernels:  # codes of q, k and v, before there is a projection
-        attention = max(attention, 9 * d * width + (r + 3) * width)
+    always = (3 * d + r) * width
+    attention = always + 6 * d * width
+    if work.attention == "sagesla" and work.kernels:
+        attention += 3 * width
+    if work.attention != "original" and not work.kernels:
+        attention += PLAIN_TENSORS * d * width
+    projection = always + (2 * d + (r if work.eight_bit else 0)) * width
     apart = not work.kernels or d == 4
     after = r * hidden if work.eight_bit else (d * hidden if apart else 0)
-    second = 0 if work.eight_bit else d * width
-    feed_forward = 5 * d * width + r * width + d * hidden + max(after, second)
+    feed_forward = always + 2 * d * width + d * hidden + max(after, 0 if work.eight_bit else d * width)
+    return {"attention": attention, "projection": projection, "feed_forward": feed_forward}
+
+
+def denoise_bytes(config: TransformerConfig, work: Work, told: bool = True) -> int:
+    """One evaluation of the transformer.
+
+    Besides `token_bytes`, per token: the rotation's tables (512 bytes), the sampler's state, velocity and noises. And
+    what every block makes of the text, unless (`told` is false) it does so anew each time, as streamed blocks do.
+    """
+    d, width = work.itemsize, config.dim
     gathered = 0
     if not work.kernels and work.attention != "original":
-        attention += PLAIN_TENSORS * d * width
         gathered = min(GATHERED, 2 * work.tokens * width) * d
     latent = 4 * LATENT_CHANNELS * (4 * work.noises + 3 * 8 + 4 * 4)  # four positions a token; states are float64
     condition = 4 * (LATENT_CHANNELS + 4) * (4 + 4 + 2 + 4) if work.encodes_image else 0
-    per_token = max(attention, feed_forward) + 4 * HEAD_SIZE + latent + condition
+    per_token = max(token_bytes(config, work).values()) + 4 * HEAD_SIZE + latent + condition
     rows = TEXT_ROWS + (IMAGE_ROWS if config.image_dim else 0)
     layers = config.num_layers if told else 1
     of_text = 2 * layers * rows * width * d * work.samples * (2 if work.guided else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,10 @@ COMMON: dict[str, tuple[TransformerConfig, str, bool]] = {
     "14B int8": (_LARGE, "int8_row", False),
     "A14B-I2V int8": (_FROM_IMAGE, "int8_row", True),
 }
+
+_WORDS = {  # beginnings of summaries, the first that fits
+    "everything": "all", "all but": "no text", "parts take": "turns", "experts take": "turns", "all ": "streams",
+}  # fmt: skip
 
 
 @cache
@@ -66,3 +71,25 @@ def plan_common(room: Room) -> list[dict[str, Any]]:
             except MachineError as error:
                 found.append({**entry, "peak": None, "summary": str(error).partition(": ")[2]})
     return found
+
+
+def table_by_card(cards: Sequence[int] = (6, 8, 12, 16, 24, 32, 48, 80), host: int = 64) -> str:
+    """Markdown: what each of COMMON would do on GPUs and a host of so many GB, as budgets.
+
+    A cell has the peak in GB and how: "all" stays on the GPU, "no text" all but the text encoder, "turns" parts come
+    for their stage, or how many of the transformer's blocks stay beside those that stream.
+    """
+    lines = ["| model | size | " + " | ".join(f"{card} GB" for card in cards) + " |", "|---" * (2 + len(cards)) + "|"]
+    plans = [plan_common(Room(card * 10**9, host * 10**9, budget=card * 10**9)) for card in cards]
+    for row in zip(*plans, strict=True):
+        cells = [_cell(entry) for entry in row]
+        lines.append(f"| {row[0]['model']} | {row[0]['size'].replace('x', '×')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    if entry["peak"] is None:
+        return "–"
+    summary: str = entry["summary"]
+    known = next((short for start, short in _WORDS.items() if summary.startswith(start)), None)
+    return f"{entry['peak'] / 1e9:.1f}, {known or summary.partition(' blocks')[0].replace(' of ', '/')}"

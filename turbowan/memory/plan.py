@@ -51,6 +51,11 @@ class Place:
         return self.home != "gpu" and self.resident < self.blocks
 
     @property
+    def hosted(self) -> bool:
+        """Whether it is lent to the device from the host."""
+        return self.home == "host" or self.streamed
+
+    @property
     def text(self) -> str:
         if self.home == "gpu":
             return HOMES["gpu"]
@@ -262,7 +267,7 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         spare = sum(sorted(size.blocks)[-place.resident :]) if place.resident else 0
         return size.rest + spare + min(2, place.blocks - place.resident) * size.largest_block
 
-    told = not any(places[role].streamed for role in model.nets)
+    told = not any(places[role].hosted for role in model.nets)
     denoise = stays + max(comes(role) for role in model.nets) + denoise_bytes(model.config, work, told)
     text = stays + comes("text_encoder") + text_bytes(model.text_width, work)
     rounding = max(model.parts[role].rounding for role in model.nets)

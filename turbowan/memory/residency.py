@@ -48,7 +48,7 @@ class Residency:
 
     def is_hosted(self, role: str) -> bool:
         """Whether a part's weights live on the host and are lent to the device."""
-        return _is_hosted(self.place(role))
+        return self.place(role).hosted
 
     def has(self, role: str, variant: Hashable) -> bool:
         """Whether a part is loaded in this variant."""
@@ -60,7 +60,7 @@ class Residency:
         self._places = places
         for role, (_, part) in list(self._parts.items()):
             place = self.place(role)
-            if place.home == "disk" or isinstance(part, Hosted) != _is_hosted(place):
+            if place.home == "disk" or isinstance(part, Hosted) != place.hosted:
                 self.release(role)
             elif isinstance(part, Hosted):
                 part.follow(place)
@@ -118,7 +118,7 @@ class Residency:
         self, role: str, load: Callable[[], Any], ready: Ready | None, check: Callable[[], None] = lambda: None
     ) -> Any:
         part, place = load(), self.place(role)
-        if not _is_hosted(place):
+        if not place.hosted:
             return part
         return Hosted(part, place, self.device, None if ready is None else ready(part), check)
 
@@ -160,6 +160,8 @@ class Residency:
         if self.device.type != "cuda" or all(place.home == "gpu" for place in self._places.values()):
             return
         torch.cuda.empty_cache()
+        if self._coming:  # what loads in the background is not counted yet
+            return
         left = torch.cuda.memory_allocated(self.device) - foreign - self.nbytes
         if left > SLACK and not self._told:
             self._told = True
@@ -225,10 +227,6 @@ class Coming:
         if error is not None:
             raise error
         return made
-
-
-def _is_hosted(place: Place) -> bool:
-    return place.home == "host" or place.streamed
 
 
 def _weights(part: Any) -> int:

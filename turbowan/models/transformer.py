@@ -117,6 +117,7 @@ class SelfAttention(nn.Module):
             out = ops.sparse_linear_attention(
                 q, k, v, proj.weight, proj.bias, how.top_k, how.block_q, how.block_k, precision, means
             )
+        del q, k, v  # five times the result's size
         return self.o(out.flatten(2))  # type: ignore[no-any-return]
 
 
@@ -316,15 +317,16 @@ class WanTransformer(nn.Module):
         self._check(latent, timestep, condition, context)
         x = latent if condition is None else torch.cat([latent, condition.to(latent.dtype)], dim=1)
         grid = (x.shape[2] // PATCH[0], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
-        x = self.patch_embedding(patchify(x).to(self.dtype))
         time = self._embed_time(timestep)
         modulation = _linear_float32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
-        x = self._run_blocks(x, modulation, self._rotation(grid, x.device), context)
+        x = self._run_blocks(patchify(x), modulation, self._rotation(grid, x.device), context)
         return unpatchify(self.head(x, time), grid)
 
     def _run_blocks(
         self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], context: Context
     ) -> Tensor:
+        """Of patches [B, L, 4 * C]. They are embedded here, so that no caller holds the result while the blocks run."""
+        x = self.patch_embedding(x.to(self.dtype))
         change: Change | None = None
         for i, block in enumerate(self.blocks):
             told = None if context.blocks is None else context.blocks[i]
