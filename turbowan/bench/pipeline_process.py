@@ -12,7 +12,10 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS = ("num_steps", "attention", "precision", "linears")  # that a record repeats
 
@@ -31,19 +34,22 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _generate(spec: dict[str, Any]) -> None:
-    import torch
-
-    from ..engine import Engine, choose_device
-    from ..request import GenerateRequest
-    from .memory_watch import MemoryWatch, host_memory
+    from ..engine import choose_device
+    from ..memory.room import capped
 
     _say(done="imports")
     warnings.simplefilter("ignore")
     device = choose_device(spec["device"])
+    with capped(device, spec["cap"]):
+        _generate_on(device, spec)
+
+
+def _generate_on(device: torch.device, spec: dict[str, Any]) -> None:
+    from ..engine import Engine
+    from ..request import GenerateRequest
+    from .memory_watch import MemoryWatch, host_memory
+
     watch = MemoryWatch(device)
-    if spec["cap"] is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] / total), device)
     engine = Engine.load(spec["model"], device=device)
     image = None if spec["image"] is None else made_picture(*spec["image"])
     words = spec["request"]["prompt"].split()
