@@ -388,7 +388,7 @@ def test_a_prompt_read_before_needs_no_encoder(memory, small_t2v, tmp_path, monk
         loads.append(path)
         return load_text_encoder(path, *args, **keywords)
 
-    monkeypatch.setattr("turbowan.stages.load_text_encoder", counted)
+    monkeypatch.setitem(turbowan.stages.LOADERS, "text_encoder", counted)
     encoder = tmp_path / "umt5.safetensors"
     encoder.write_bytes(PARTS["text_encoder"].read_bytes())
     engine = Engine.load(small_t2v, text_encoder=encoder, tokenizer=PARTS["tokenizer"], device="cpu")
