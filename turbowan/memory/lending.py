@@ -58,7 +58,6 @@ class Lender:
             unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
             unit.register_forward_hook(self._leave_hook(i), always_call=True)
 
-    @torch.compiler.disable
     def settle(self, i: int, device: torch.device) -> None:
         """Copy a unit that stays before its first turn."""
         if i not in self._settled:
