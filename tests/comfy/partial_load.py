@@ -1,5 +1,5 @@
-"""Inside ComfyUI's Python: `partial_load.py COMFY MODEL LORA` loads a MODEL whole, in part and not at all, and prints
-as JSON what its memory manager saw and how far apart the results are."""
+"""Inside ComfyUI's Python: `partial_load.py COMFY MODEL LORA [cpu|cuda]` loads a MODEL whole, in part and not at
+all, and prints as JSON what its memory manager saw and how far apart the results are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from weakref import ref
 
-comfy_folder, path, lora_path = sys.argv[1:]
+comfy_folder, path, lora_path, *device = sys.argv[1:]
 sys.argv = sys.argv[:1]
 sys.path[:0] = [comfy_folder, str(Path(__file__).parent.parent.parent)]
 
 from comfy.cli_args import args
 
-args.cpu = True
+args.cpu = device != ["cuda"]
 
 import comfy.model_management
 import comfy.sd
@@ -24,7 +24,7 @@ import torch
 from turbowan.comfy.model import load_model
 from turbowan.models.pack import full_weight
 
-CPU = torch.device("cpu")
+CPU, DEVICE = torch.device("cpu"), comfy.model_management.get_torch_device()
 torch.manual_seed(torch.seed())
 
 
@@ -37,9 +37,8 @@ def main() -> dict[str, object]:
     model = load_model(Path(path), "original", 0.1, "comfy_native")
     net = model.model.diffusion_model
     config = net.config
-    given = (
-        torch.randn(1, config.in_dim, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 20, config.text_dim),
-    )  # fmt: skip
+    noise = (torch.randn(1, config.in_dim, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 20, config.text_dim))
+    given = tuple(each.to(DEVICE) for each in noise)
 
     def whole(patcher: object) -> torch.Tensor:
         patcher.detach()
@@ -48,7 +47,7 @@ def main() -> dict[str, object]:
 
     def in_part(patcher: object, memory: float) -> torch.Tensor:
         patcher.detach()
-        patcher.load(CPU, lowvram_model_memory=memory)
+        patcher.load(DEVICE, lowvram_model_memory=memory)
         return net(*given)
 
     found: dict[str, object] = {

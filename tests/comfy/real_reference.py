@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 from real_graphs import RECORDED_SHAPE, Graph, changed, node
 from real_server import HERE, REPOSITORY, Failed, Refused, Server
@@ -17,8 +15,6 @@ from turbowan.models.pack import full_weight, is_linear, round_linears
 from turbowan.models.transformer import PATCH, TransformerConfig, WanTransformer
 from turbowan.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from turbowan.sampling import noise, rcm
-from turbowan.world.analyse import analyse_shapes
-from turbowan.world.scenes import COLOURS, MOTIONS, SHAPES
 
 GOLDEN = HERE.parent / "golden"
 
@@ -84,21 +80,6 @@ def ours(net: WanTransformer, seed: int, sampler: str, steps: int = 4) -> Tensor
         return rcm.sample(velocity, [draws[0], *draws], rcm.timesteps(steps, 80.0), ode=sampler == "euler")
 
 
-def shown(outputs: dict, server: Server, key: str = "save") -> np.ndarray:
-    return read_frames(server.file(outputs[key]["images"][0]))
-
-
-def shape_seen(frames: np.ndarray) -> dict[str, str]:
-    """What `turbowan evaluate` sees in a clip of one shape, uint8 [T, H, W, 3]; nothing where it sees no shape."""
-    found = analyse_shapes(torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1)
-    if not bool(found.visible):
-        return {}
-    return {
-        "colour": tuple(COLOURS)[int(found.colour)], "shape": SHAPES[int(found.shape)],
-        "motion": MOTIONS[int(found.motion)], "background": tuple(COLOURS)[int(found.background)],
-    }  # fmt: skip
-
-
 def refusal(server: Server, graph: Graph) -> str:
     """What the server says to a graph; nothing where it ran."""
     try:
@@ -106,12 +87,6 @@ def refusal(server: Server, graph: Graph) -> str:
     except (Failed, Refused) as error:
         return str(error)
     return ""
-
-
-def read_frames(path: Path) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def apart(one: Tensor, other: Tensor) -> float:

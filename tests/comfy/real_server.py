@@ -13,12 +13,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
-FLAGS = ("--cpu", "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb")
+FLAGS = ("--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb")
 
 
 class Refused(Exception):
@@ -44,11 +45,14 @@ class Server:
 
     Args:
         comfy: ComfyUI's folder. python: the interpreter that has its packages. flags: further ones.
-        installed: by `turbowan comfy install`, not as a clone.
+        installed: by `turbowan comfy install`, not as a clone. device: "cpu" or "cuda".
     """
 
-    def __init__(self, comfy: Path, python: Path, flags: tuple[str, ...] = (), installed: bool = False) -> None:
-        self.comfy, self.python, self.flags, self.installed = comfy, python, flags, installed
+    def __init__(
+        self, comfy: Path, python: Path, flags: Sequence[str] = (), installed: bool = False, device: str = "cpu"
+    ) -> None:
+        self.comfy, self.python, self.installed = comfy.resolve(), python, installed
+        self.device, self.flags = device, tuple(flags)
         self.base = Path(tempfile.mkdtemp(prefix="turbowan-comfy-"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -69,7 +73,7 @@ class Server:
         shutil.copy(HERE / "probe_nodes.py", nodes / "probe_nodes.py")
         self.log = self.base / "server.log"
         command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        command += ["--base-directory", self.base, *FLAGS, *self.flags]
+        command += ["--base-directory", self.base, *FLAGS, *(("--cpu",) if self.device == "cpu" else ()), *self.flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment

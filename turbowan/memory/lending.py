@@ -17,8 +17,9 @@ class Lender:
     """Forward hooks on the units of a network.
 
     Before a unit runs, its weights that lie elsewhere than its input are copied there; after it, however it ended, the
-    ones on the host are back in their place. They are never copied back. On a GPU the copies of the unit that comes
-    next run beside the present one's work, so that about two units are there at a time.
+    ones on the host are back in their place. They are never copied back. On a GPU the copies of the block that comes
+    next run beside the present one's work. The host waits for the block before the present one first: two are there
+    at a time, and work that `before` ends has little more than a block queued.
 
     Args:
         units: the whole network, then its blocks in the order they run. A unit's weights are the parameters beneath it
@@ -41,6 +42,7 @@ class Lender:
         self._ready: dict[int, Copies] = {}  # copies that are there or under way, by unit
         self._owned: dict[int, Copies] = {}  # what the copies stand for, by unit that runs
         self._stream: Any = None
+        self._done: Any = None  # the event at the end of the last block that was queued
         for i, unit in enumerate(units):
             unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
             unit.register_forward_hook(self._leave_hook(i), always_call=True)
@@ -61,6 +63,7 @@ class Lender:
             if i == 0:  # a pass that Python itself broke off left them
                 for unit in list(self._owned):
                     self._give_back(unit)
+                self._done = None
             device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             self._lend(i, device)
 
@@ -68,10 +71,16 @@ class Lender:
 
     def _leave_hook(self, i: int) -> Any:
         @torch.compiler.disable
-        def leave(*_: Any) -> None:
+        def leave(_: nn.Module, __: tuple, result: Any) -> None:
             self._give_back(i)
             if i == 0:  # the pass is over, or broken off
                 self._ready.clear()
+                self._done = None
+            elif result is not None and self._stream is not None:
+                before, self._done = self._done, torch.cuda.current_stream(self._stream.device).record_event()
+                if before is not None:
+                    before.synchronize()
+                self._prepare(i + 1)
 
         return leave
 
@@ -93,10 +102,18 @@ class Lender:
             used = copy if self._adjust is None else self._adjust(module, name, copy)
             module._parameters[name] = nn.Parameter(used, requires_grad=False)
         self._owned[i] = owned
-        if device.type == "cuda" and i + 1 < len(self._units):
-            self._stream = self._stream or torch.cuda.Stream(device)
+        if i == 0:
+            if device.type != "cuda":
+                self._stream = None
+            elif self._stream is None or self._stream.device != device:
+                self._stream = torch.cuda.Stream(device)
+            self._prepare(1)
+
+    def _prepare(self, i: int) -> None:
+        """Start a unit's copies beside what runs, on a GPU."""
+        if self._stream is not None and i < len(self._units):
             with torch.cuda.stream(self._stream):
-                self._ready[i + 1] = self._copies(i + 1, device)
+                self._ready[i] = self._copies(i, self._stream.device)
 
     def _copies(self, i: int, device: torch.device) -> Copies:
         copies: Copies = []
@@ -113,17 +130,43 @@ class Lender:
         return copies
 
 
+CHUNK = 2**28  # bytes of page-locked memory at a time; PyTorch rounds each request up to a power of two
+ALIGNMENT = 256
+
+
 def pin(module: nn.Module) -> bool:
     """Put a module's host weights into page-locked memory, from which a GPU copies while it computes.
 
     Returns:
-        False where the machine does not lock so much: the weights stay as they are, only slower to copy.
+        False where the machine does not lock so much: the weights left are as they were, only slower to copy.
     """
+    found = [
+        (leaf, name, weight)
+        for leaf in module.modules()
+        for name, weight in leaf._parameters.items()
+        if weight is not None and weight.device.type == "cpu" and not weight.is_pinned()
+    ]
     try:
-        for leaf in module.modules():
-            for name, weight in leaf._parameters.items():
-                if weight is not None and weight.device.type == "cpu" and not weight.is_pinned():
-                    leaf._parameters[name] = nn.Parameter(weight.detach().pin_memory(), requires_grad=False)
+        for chunk in packed([weight.nbytes for _, _, weight in found]):
+            memory = torch.empty(max(end for _, _, end in chunk), dtype=torch.uint8, pin_memory=True)
+            for i, start, end in chunk:
+                leaf, name, weight = found[i]
+                locked = memory[start:end].view(weight.dtype).view(weight.shape)
+                leaf._parameters[name] = nn.Parameter(locked.copy_(weight.detach()), requires_grad=False)
     except RuntimeError:
         return False
     return True
+
+
+def packed(sizes: Sequence[int], chunk: int = CHUNK) -> list[list[tuple[int, int, int]]]:
+    """Which of some tensors share which piece of memory, as (index, first byte, end); only lone ones pass `chunk`."""
+    chunks: list[list[tuple[int, int, int]]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for each in chunks:
+            start = -(-each[-1][2] // ALIGNMENT) * ALIGNMENT
+            if start + sizes[i] <= chunk:
+                each.append((i, start, start + sizes[i]))
+                break
+        else:
+            chunks.append([(i, 0, sizes[i])])
+    return chunks
