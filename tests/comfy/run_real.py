@@ -172,6 +172,7 @@ def memory_manager_sees_all_weights(server: Server) -> str:
         assert found["left_behind"] > 0.3 * found["size"], "nothing stays on the host when asked to"
         assert found["cast"] > 10, "no layer is lent"
         assert found["lora"] > 0.01, "the LoRA changes nothing"
+        assert found["lora_layers"] < 1e-5, f"a layer with a LoRA is {found['lora_layers']:.1e} off"
         assert found["freed"] > 0.4 * found["size"], "little was freed"
         novram = ("novram", "novram_lora")
         for name in ("in_part", "lora_in_part", "lora_after_unload", "after", "layerwise", "converted", *novram):
