@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from real_cases import Cases, parser
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(REPOSITORY))
 
+import real_beside
 import real_conditions
 import real_equal
 import real_loras
@@ -288,10 +290,12 @@ def comfyui_reports_no_leak(server: Server) -> str:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--seed", type=int, help="repeat the seeds of an earlier run")
+    options.add_argument("--beside", type=Path, action="append", default=[], help="a folder of another pack's nodes")
     args = options.parse_args()
     if args.folder is None:
         print("SKIPPED: no ComfyUI given; name its folder to run our nodes in it")
         return 0
+    real_beside.PACKS.extend(pack.resolve() for pack in args.beside)
     seed = args.seed if args.seed is not None else SEEDS.seed()
     SEEDS.manual_seed(seed)
     print(f"seed {seed}")
@@ -299,7 +303,7 @@ def main() -> int:
         for name in ("t2v-tiny.pth", "t2v-tiny-quant.pth"):
             (server.models("diffusion_models") / name).symlink_to(golden_file(name))
         (server.base / "input" / "t2v-tiny.io.safetensors").symlink_to(GOLDEN / "t2v-tiny.io.safetensors")
-        every = Cases([*real_equal.case, *real_loras.case, *real_conditions.case, *case])
+        every = Cases([*real_equal.case, *real_loras.case, *real_conditions.case, *real_beside.case, *case])
         return 1 if every.run(server, server, only=args.k) else 0
 
 
