@@ -1,7 +1,7 @@
 """How a step grows with tokens and with top-k: measured times and, thin beside them, the bound of the products alone.
 
-    turbowan bench transformer --size 1.3B --vary tokens --vary top-k > growth.jsonl
-    turbowan bench transformer --size 14B --vary tokens --vary top-k >> growth.jsonl
+    turbowan bench transformer --size 1.3B --vary tokens --vary top-k --json > growth.jsonl
+    turbowan bench transformer --size 14B --vary tokens --vary top-k --json >> growth.jsonl
     python benchmarks/growth.py growth.jsonl                  # writes growth.png beside it
 """
 
@@ -31,12 +31,12 @@ COLOURS = ((20, 70, 160), (190, 70, 20), (30, 130, 60), (130, 50, 140), (120, 12
 
 
 def measured(paths: Sequence[Path]) -> list[Record]:
-    """The transformer's records, of several of one case the fastest.
+    """The transformer's records, of several of one case the fastest; without steps that failed.
 
     Raises:
         RequestError: a file cannot be read, there is none of them, or they are of several GPUs.
     """
-    found = [record for record in read_records(paths).values() if "size" in record and "bound_ms" in record]
+    found = [record for record in read_records(paths).values() if {"ms", "size", "bound_ms"} <= record.keys()]
     gpus = sorted({record["gpu"] for record in found})
     if len(gpus) != 1:
         raise RequestError(f"steps measured on one GPU are wanted, found {' and '.join(gpus) or 'none'}")

@@ -283,6 +283,7 @@ def test_what_auto_would_run_on_a_gpu(capability, dtype, linears, tiny, monkeypa
     lines = list(how.changes(tiny.outlines))
     assert len(lines) == (linears != "int8_block")
     assert all(line.startswith(f"transformer: linear layers run as {linears} (") for line in lines)
+    assert all("against the original weights, 0.0132 in the file's format" in line for line in lines)
     assert all(line.endswith("--precision bf16 keeps the file's int8_block") for line in lines)
     assert execution("bf16").facts() == {"precision": "bfloat16", "linears": "int8_block"}
     assert execution("int8_block").facts()["linears"] == "int8_block"

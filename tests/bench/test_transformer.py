@@ -100,6 +100,8 @@ def draw(path, records, monkeypatch):
 
 def test_the_picture_shows_times_above_their_bound(tmp_path, monkeypatch):
     records = [record(size, step) for size in ("1.3B", "14B") for step in growth(Step(), ["tokens", "top-k"])]
+    failed = record("14B", Step("720p", 161))
+    records.append({key: value for key, value in failed.items() if key != "ms"} | {"failed": "out of memory"})
     assert draw(tmp_path / "some.jsonl", records, monkeypatch) == 0
     picture = Image.open(tmp_path / "growth.png").convert("RGB")
     assert picture.size == (1280, 760)
@@ -123,3 +125,10 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     assert "found none" in refusal({"bench": "op norm", "case": "a", "gpu": "G", "ms": {"p50": 1.0}})
     assert "found G and H" in refusal(record("14B", Step()), record("14B", Step(top_k=0.2), gpu="H"))
     assert "no curve" in refusal(record("14B", Step()), record("1.3B", Step("720p")))
+
+
+def test_the_picture_of_the_recorded_steps(tmp_path, monkeypatch):
+    recorded = SCRIPT.parent / "results" / "nvidia-h200" / "transformer.jsonl"
+    lines = [json.loads(line) for line in recorded.read_text(encoding="utf-8").splitlines()]
+    assert draw(tmp_path / "some.jsonl", lines, monkeypatch) == 0
+    assert Image.open(tmp_path / "growth.png").size == (1280, 760)

@@ -1,5 +1,7 @@
 """Weights repacked for speed: the same pictures, to the rounding that was asked for."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,47 @@ def test_layers_of_different_kinds_stay_apart_and_agree(net, relative_error):
     assert net.blocks[0].self_attn.qkv is None
     assert net.blocks[1].self_attn.qkv is not None
     assert relative_error(velocity(net), expected) < ERRORS["int8_row"]
+
+
+@pytest.mark.parametrize(
+    ("format", "how"), [("int8_row", "addition"), *product(("bf16", "int8_row"), ("hook", "pre hook", "forward"))]
+)
+def test_layers_that_somebody_changed_stay_apart(format, how, net):
+    """What an adapter adds, and what a hook hears, belongs to one of the three."""
+    if format != "bf16":
+        round_linears(net, format)
+    layer = net.blocks[0].self_attn.k
+    if how == "addition":
+        layer.addition = torch.zeros_like
+    elif how == "hook":
+        layer.register_forward_hook(lambda *_: None)
+    elif how == "pre hook":
+        layer.register_forward_pre_hook(lambda *_: None)
+    else:
+        layer.forward = layer.forward
+    join_qkv(net)
+    assert net.blocks[0].self_attn.qkv is None
+    assert net.blocks[0].self_attn.k is layer
+    assert net.blocks[1].self_attn.qkv is not None
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_joined_layer_wants_a_gradient_where_its_parts_did(wanted, net):
+    net.requires_grad_(wanted)
+    join_qkv(net)
+    assert {parameter.requires_grad for parameter in net.blocks[0].self_attn.qkv.parameters()} == {wanted}
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("fp8_row", torch.bfloat16), ("int8_row", torch.float32)])
+def test_a_float8_layer_keeps_the_bias_that_its_product_takes(format, dtype, net):
+    """Rounded once, not at each call, where a file has it in float32; int8 products add it as it is."""
+    net.bfloat16()
+    round_linears(net, "int8_block")
+    net.blocks[0].ffn[2].bias = bias = torch.randn(256)
+    round_linears(net, format)
+    rounded = net.blocks[0].ffn[2].bias
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, bias.to(dtype))
 
 
 def test_from_one_format_to_another(net, relative_error):

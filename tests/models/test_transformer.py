@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -383,3 +385,24 @@ def test_refuses_shapes_that_do_not_fit(make_transformer):
 def test_attention_config_refuses(settings, line):
     with pytest.raises(RequestError, match=line):
         AttentionConfig(**settings)
+
+
+def test_threads_may_ask_for_different_sizes(make_transformer, monkeypatch):
+    """Each gets the tables of its own grid, also where another one's come in between."""
+    net, cpu = make_transformer(), torch.device("cpu")
+    (one, other), plain = [(1, 2, 2), (2, 1, 3)], torch.inference_mode
+
+    @contextmanager
+    def interrupted(mode):
+        with plain(mode):
+            yield
+        if mode is False and interruptions:
+            with ThreadPoolExecutor(1) as pool:
+                theirs.append(pool.submit(net._rotation, *interruptions.pop()).result())
+
+    interruptions, theirs = [(other, cpu)], []
+    monkeypatch.setattr(torch, "inference_mode", interrupted)
+    ours = net._rotation(one, cpu)
+    monkeypatch.undo()
+    for found, grid in ((ours, one), (theirs[0], other)):
+        assert all(map(torch.equal, found, ops.rope_table(*grid, 128, cpu)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turbowan import ops
+from turbowan.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -77,3 +78,25 @@ def test_tangents_come_piece_by_piece(count, monkeypatch, relative_error):
 def formula_with_count(q, k, v, count):
     k, v = (torch.cat([x, x[:, -1:].expand(-1, count - 1, -1, -1)], dim=1) for x in (k, v))
     return formula(q, k, v)
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_the_last_key_stands_for_one_at_least(count):
+    with pytest.raises(RequestError, match=f"last_key_count must be 1 or more, got {count}"):
+        ops.attention(*torch.randn(3, 1, 5, 2, 64), last_key_count=count)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((1, 5, 2, 64), (1, 7, 2, 64), (1, 6, 2, 64)),
+        ((1, 5, 2, 64), (1, 7, 1, 64), (1, 7, 1, 64)),
+        ((1, 5, 2, 64), (2, 7, 2, 64), (2, 7, 2, 64)),
+        ((1, 5, 2, 64), (1, 7, 2, 32), (1, 7, 2, 32)),
+        ((1, 5, 128), (1, 7, 128), (1, 7, 128)),
+        ((1, 5, 2, 64), (1, 0, 2, 64), (1, 0, 2, 64)),
+    ],
+)
+def test_shapes_that_do_not_go_together(q, k, v):
+    with pytest.raises(RequestError, match=r"attention (takes q \[B, L, H, D\]|needs at least one key)"):
+        ops.attention(*(torch.randn(shape) for shape in (q, k, v)))

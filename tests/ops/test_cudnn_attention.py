@@ -3,16 +3,19 @@
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
 from turbowan import ops
+from turbowan.errors import MachineError, Note
 from turbowan.ops.block_map import block_means
 
 pytest.importorskip("triton")
 from turbowan.ops import cudnn_attention, registry
+from turbowan.ops.registry import Constraints
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -43,7 +46,7 @@ def install(monkeypatch, forward):
         module.block_sparse_attention_forward = forward
     monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))
     monkeypatch.setitem(sys.modules, "cudnn.block_sparse_attention", module)
-    cudnn_attention._is_right.cache_clear()
+    cudnn_attention.problem.cache_clear()
 
 
 def draw(device, dtype, length, size=64):
@@ -65,20 +68,54 @@ def test_what_is_handed_over(monkeypatch, relative_error, block_q, length):
     assert relative_error(ours, expected) <= 1e-5
 
 
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    """The operation with NVIDIA's attention offered first, on a CPU too; then our own kernel and the eager twin."""
+    operation = ops.OPERATIONS["sparse_linear_attention"]
+    cudnn = next(i for i in operation.implementations if i.name == "cudnn")
+    chosen = [replace(cudnn, constraints=Constraints(), priority=2), *operation.implementations]
+    monkeypatch.setattr(operation, "implementations", chosen)
+    monkeypatch.setattr(operation, "_chosen", {})
+
+
 @pytest.mark.skipif(ON_GPU, reason="the stand-in is for machines without a GPU")
-def test_what_is_wrong_or_missing_is_not_used(monkeypatch):
+def test_what_is_wrong_or_missing_is_not_used(monkeypatch, on_this_cpu):
+    """By itself: a note once, and the next implementation. By force: an error."""
+
     def wrong(q, k, v, rows, **options):
         return plain_forward(q, k, v.roll(1, dims=1), rows, **options)
 
-    monkeypatch.setattr(cudnn_attention, "by_triton", lambda *_: "our own")
     arguments = (*draw("cpu", torch.float32, 70), 0.5, 128, 64)
-    install(monkeypatch, wrong)
-    with pytest.warns(UserWarning, match="is off by"):
-        assert cudnn_attention.sparse_linear_attention(*arguments, "bf16") == "our own"
-    install(monkeypatch, None)
-    with pytest.warns(UserWarning, match="does not run here"):
-        assert cudnn_attention.sparse_linear_attention(*arguments, "bf16") == "our own"
-    assert cudnn_attention.sparse_linear_attention(*arguments, "int8") == "our own"
+    with ops.force(sparse_linear_attention="eager"):
+        expected = ops.sparse_linear_attention(*arguments)
+    for forward, what in ((wrong, "is off by"), (None, "does not run here")):
+        install(monkeypatch, forward)
+        with pytest.warns(Note, match=what) as notes:
+            found = [ops.sparse_linear_attention(*arguments) for _ in range(3)]
+        assert all(torch.equal(x, expected) for x in found)
+        assert len(notes) == 1
+        with ops.force(sparse_linear_attention="cudnn"), pytest.raises(MachineError, match=f"for this call .{what}"):
+            ops.sparse_linear_attention(*arguments)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the stand-in is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("rest", "fits"), [((128, 64, "bf16"), True), ((64, 128, "bf16"), False), ((64, 64, "int8"), False)]
+)
+def test_what_it_is_not_for(monkeypatch, on_this_cpu, relative_error, rest, fits):
+    install(monkeypatch, plain_forward)
+    arguments = (*draw("cpu", torch.float32, 70), 0.5, *rest)
+    with ops.force(sparse_linear_attention="eager"):
+        expected = ops.sparse_linear_attention(*arguments)
+    ours = ops.sparse_linear_attention(*arguments)
+    assert torch.equal(ours, expected) != fits
+    assert relative_error(ours, expected) <= 1e-5
+    with ops.force(sparse_linear_attention="cudnn"):
+        if fits:
+            assert torch.equal(ops.sparse_linear_attention(*arguments), ours)
+        else:
+            with pytest.raises(MachineError, match="is for key blocks of 64 and precision bf16"):
+                ops.sparse_linear_attention(*arguments)
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((8, 9), "triton"), ((9, 0), "triton"), ((12, 0), "cudnn")])

@@ -23,13 +23,13 @@ SMALL = {  # a tile of each path, small enough for the interpreter
         None,
         Config(64, 64, 64),
         Config(64, 64, 64, descriptors=False, per_sm=0),
-        Config(64, 128, 64, flatten=True, split=True, store="descriptor", group=2),
+        Config(64, 128, 64, group=2),
     ],
     "block": [
         None,
-        Config(128, 128, carry=True, flatten=True, store="descriptor"),
+        Config(128, 128),
         Config(64, 64, descriptors=False, per_sm=0),
-        Config(64, 128, carry=True, group=2),
+        Config(64, 128, group=2),
     ],
 }
 CASES = [pytest.param(kind, config, id=f"{kind}-{i}") for kind in SMALL for i, config in enumerate(SMALL[kind])]

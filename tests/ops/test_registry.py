@@ -2,8 +2,11 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 import turbowan
 from turbowan import ops
 from turbowan.errors import MachineError
-from turbowan.ops import OPERATIONS, Facts
+from turbowan.ops import OPERATIONS, Facts, registry
 from turbowan.ops.registry import Constraints, Implementation
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -63,10 +66,42 @@ def inputs():
             "no PyTorch is known to have it for compute capability (9, 0)",
         ),
         (Constraints(torch_from={(8, 0): None}), CPU, None),
+        (Constraints(packages=("numpy", "torch>=2.7")), CPU, None),
+        (Constraints(packages=("numpy", "nump>=1")), CPU, "needs the package nump, which is not installed"),
+        (
+            Constraints(packages=("torch", "torch>=99.1")),
+            CPU,
+            f"needs torch 99.1 or later, got {metadata.version('torch')}",
+        ),
+        (
+            Constraints(("cuda",)),
+            replace(H100, rocm=True),
+            "is for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)",
+        ),
+        (Constraints(), replace(H100, rocm=True), None),
+        (Constraints(("cpu",)), replace(CPU, rocm=True), None),
     ],
 )
 def test_constraints_say_why(constraints, facts, reason):
     assert constraints.refusal(facts) == reason
+
+
+@pytest.mark.parametrize(("version", "fits"), [("3.3.1", False), ("3.4.0", True), ("3.10.0+git", True), (None, True)])
+def test_kernels_ask_for_a_triton_that_has_their_names(version, fits, monkeypatch):
+    """PyTorch 2.7 brings 3.3, which nobody tried; a Triton that does not tell its version is taken."""
+    monkeypatch.setattr(registry, "_installed", lambda _: True)
+    monkeypatch.setattr(registry, "_version", lambda _: version)
+    for name, choice in ops.explain(H100).items():
+        kernels = {i.name for i in OPERATIONS[name].implementations} & {"triton", "cudnn"}
+        assert not kernels or (choice.implementation.name == "triton") == fits, name
+        for kernel in kernels if not fits else ():
+            assert (kernel, "needs triton 3.4 or later, got 3.3.1") in choice.refused
+
+
+def test_on_an_amd_gpu_plain_pytorch_runs(monkeypatch):
+    monkeypatch.setattr(registry, "_installed", lambda _: True)
+    chosen = {name: choice.implementation.name for name, choice in ops.explain(replace(H100, rocm=True)).items()}
+    assert set(chosen.values()) == {"eager"}, chosen
 
 
 def test_highest_priority_that_may_run_is_selected(rms_norm, inputs):
@@ -103,6 +138,35 @@ def test_a_forced_implementation_never_falls_back(rms_norm, inputs):
         ops.explain(CPU)
 
 
+def test_a_call_that_does_not_fit_goes_on_to_the_next_and_is_refused_by_force(rms_norm, inputs):
+    """What depends on a call's arguments is asked at each call."""
+
+    def short(x, weight, eps):
+        return None if len(x) < 5 else f"is for 4 rows at most, got {len(x)}"
+
+    x, weight = inputs
+    eager, many = ops.rms_norm(x, weight), torch.randn(7, 64)
+    rms_norm.add(Implementation("doubled", doubled, priority=1, fits=short, limits="up to 4 rows"))
+    for _ in range(2):
+        assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+        assert torch.equal(ops.rms_norm(many, weight), rms_norm.eager(many, weight, 1e-6))
+    with ops.force(rms_norm="doubled"):
+        assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+        with pytest.raises(MachineError, match=r"'doubled' for this call \(is for 4 rows at most, got 7\)"):
+            ops.rms_norm(many, weight)
+    rms_norm.add(Implementation("tripled", lambda *_: 3 * eager, priority=2, fits=lambda *_: "is never for you"))
+    assert torch.equal(ops.rms_norm(x, weight), 2 * eager)
+    assert rms_norm.select(CPU).others() == {
+        "doubled": "could run, but tripled has priority 2 over 1",
+        "eager": "could run, but tripled has priority 2 over 0",
+    }
+
+
+def test_who_takes_what_a_kernel_leaves_is_said(rms_norm):
+    rms_norm.add(Implementation("doubled", doubled, priority=1, fits=lambda *_: None, limits="up to 4 rows"))
+    assert rms_norm.select(CPU).others() == {"eager": "could run, but doubled has priority 1 over 0 for up to 4 rows"}
+
+
 def test_a_forced_implementation_is_not_swapped_for_one_with_a_gradient(rms_norm, inputs):
     x, weight = inputs
     rms_norm.add(Implementation("doubled", doubled, priority=1))
@@ -112,6 +176,53 @@ def test_a_forced_implementation_is_not_swapped_for_one_with_a_gradient(rms_norm
         ops.rms_norm(x, weight)
     with ops.force(rms_norm="doubled"), torch.no_grad():
         ops.rms_norm(x, weight)
+
+
+@pytest.mark.parametrize(("here", "entered"), [(0, [torch.device("cuda", 1)]), (1, [])])
+def test_kernels_run_where_their_arguments_lie(rms_norm, monkeypatch, here, entered):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    guards = []
+
+    @contextmanager
+    def guard(device):
+        guards.append(device)
+        yield
+        guards.append("left")
+
+    there = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda", 1), dtype=torch.bfloat16, shape=(1, 64), get_device=lambda: 1
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    rms_norm.add(Implementation("gpu", lambda x: list(guards), Constraints(devices=("cuda",)), priority=1))
+    assert rms_norm._run(there) == entered
+    assert guards == [*entered, "left"][: 2 * len(entered)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_of_the_second_gpu():
+    """Asked of the first one's thread: the right results, in the second one's stream."""
+    heads = torch.randn(3, 1, 300, 2, 128, dtype=torch.bfloat16)
+    weight, rest = torch.randn(128, 128) / 11, (torch.randn(128), 0.5)
+    x, scale = torch.randn(2, 70, 256, dtype=torch.bfloat16), torch.randn(256)
+    codes = ops.quantize_int8_rowwise(torch.randn(64, 256))
+    calls = [
+        lambda to: ops.rms_norm(to(x), to(scale)),
+        lambda to: ops.residual_norm(to(x), to(x), format="int8_block")[1].float(),
+        lambda to: ops.gelu_rows(to(x), "fp8_row")[0].float(),
+        lambda to: ops.linear_int8_rowwise(to(x[0]), *map(to, codes)),
+        lambda to: ops.attention(*map(to, heads)),
+        lambda to: ops.sparse_linear_attention(*map(to, heads), to(weight), to(rest[0]), rest[1]),
+        lambda to: ops.sparse_linear_attention(*map(to, heads), to(weight), to(rest[0]), rest[1], precision="int8"),
+    ]
+    with torch.cuda.device(0):
+        for call in calls:
+            first, second = (call(lambda given, i=i: given.to(f"cuda:{i}")) for i in (0, 1))
+            assert second.device.index == 1
+            assert torch.equal(second.cpu(), first.cpu())
+            assert torch.cuda.current_device() == 0
 
 
 def test_force_is_undone_after_an_error(rms_norm):

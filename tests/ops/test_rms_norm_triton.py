@@ -7,6 +7,7 @@ from turbowan import ops
 from turbowan.ops import OPERATIONS
 
 pytest.importorskip("triton")
+from turbowan.ops import triton as offers
 from turbowan.ops.triton.rms_norm import candidates
 from turbowan.ops.triton.rms_norm import rms_norm as kernel
 
@@ -51,6 +52,18 @@ def test_the_operation_takes_it_when_told(kernels):
     x, weight = torch.randn(2, 300, device=kernels).half(), torch.randn(300, device=kernels)
     with ops.force(rms_norm="triton"):
         assert torch.equal(ops.rms_norm(x, weight), kernel(x, weight, 1e-6))
+
+
+def test_a_kernel_is_imported_once(kernels, monkeypatch):
+    """Not at every launch."""
+    imported, plain = [], offers.import_module
+    monkeypatch.setattr(offers, "import_module", lambda *name: imported.append(name) or plain(*name))
+    offers._load.cache_clear()
+    x, weight = torch.randn(2, 300, device=kernels).half(), torch.randn(300, device=kernels)
+    with ops.force(rms_norm="triton"):
+        for _ in range(3):
+            ops.rms_norm(x, weight)
+    assert len(imported) == 1
 
 
 @pytest.mark.gpu

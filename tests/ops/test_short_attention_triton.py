@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from turbowan import ops
+from turbowan.errors import MachineError
 
 pytest.importorskip("triton")
+from turbowan.ops.attention import FEW, LONGEST
 from turbowan.ops.triton import short_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
@@ -82,10 +84,15 @@ def test_a_sample_is_not_touched_by_the_next(kernels, config):
     assert torch.equal(short_attention.attention(q, k, v, 1, config)[:1], expected)
 
 
-def test_more_keys_go_to_pytorch(kernels, relative_error):
-    q, k, v = draw(kernels, DTYPES[0], 5, short_attention.LONGEST + 1, heads=1, batch=1)
+@pytest.mark.parametrize(("keys", "count"), [(LONGEST + 1, 3), (FEW + 1, 1)])
+def test_more_keys_are_pytorchs(kernels, keys, count):
+    """By itself; by force the kernel refuses them, and is not swapped for another."""
+    q, k, v = draw(kernels, DTYPES[0], 5, keys, heads=1, batch=1)
+    assert torch.equal(ops.attention(q, k, v, count), ops.OPERATIONS["attention"].eager(q, k, v, count))
     with ops.force(attention="triton"):
-        assert relative_error(ops.attention(q, k, v, 3), eager(q, k, v, 3)) <= 2 * BARS[DTYPES[0]]
+        with pytest.raises(MachineError, match=f"is for {keys - 1} keys at most, got {keys}"):
+            ops.attention(q, k, v, count)
+        ops.attention(q, k[:, 1:], v[:, 1:], count)
 
 
 @pytest.mark.gpu

@@ -257,3 +257,31 @@ def test_int8_refuses_a_gradient_it_does_not_have():
     q, *rest = draw(1, 8, 1, 64)
     with pytest.raises(RequestError, match="no gradient"):
         ops.sparse_linear_attention(q.requires_grad_(), *rest, 0.5, precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 70, 3, 64)}, "attention takes q"),
+        ({"q": (2, 60, 2, 64)}, "as long as each other"),
+        ({"proj_weight": (64, 128)}, r"got 70 and 70 tokens, \[64, 128\]"),
+        ({"proj_bias": (1,)}, r"\[64, 64\], \[1\]"),
+        ({"q_means": (2, 2, 1, 64)}, r"means of q's blocks of 64 must be \[2, 2, 2, 64\], got \[2, 2, 1, 64\]"),
+        ({"k_means": (2, 2, 2, 64)}, r"means of k's blocks of 32 must be \[2, 2, 3, 64\], got \[2, 2, 2, 64\]"),
+        ({"k_means": (2, 1, 3, 64)}, "means of k's blocks"),
+        ({"k_means": (2, 2, 3, 128)}, "means of k's blocks"),
+    ],
+)
+def test_shapes_that_do_not_go_together(change, message):
+    shapes = dict.fromkeys(("q", "k", "v"), (2, 70, 2, 64)) | {"proj_weight": (64, 64), "proj_bias": (64,)}
+    shapes |= {"q_means": (2, 2, 2, 64), "k_means": (2, 2, 3, 64)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    rest = {"topk_ratio": 0.5, "block_q": 64, "block_k": 32}
+
+    def run(tensors):
+        means = tensors.pop("q_means"), tensors.pop("k_means")
+        return ops.sparse_linear_attention(**tensors, **rest, means=means)
+
+    assert run(dict(tensors)).shape == (2, 70, 2, 64)
+    with pytest.raises(RequestError, match=message):
+        run(tensors | {name: torch.randn(shape) for name, shape in change.items()})

@@ -1,12 +1,14 @@
 """SLA and SageSLA by kernels, part by part and as a whole: on a GPU in bfloat16, else by Triton's interpreter."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from turbowan import ops
+from turbowan.errors import MachineError
 from turbowan.ops.block_map import block_means
 
 pytest.importorskip("triton")
@@ -220,10 +222,23 @@ def test_recorded_sagesla(kernels, recorded, relative_error, ratio):
     assert relative_error(ours.cpu(), expected) <= 0.005
 
 
-def test_other_blocks_go_to_the_eager_twin(kernels):
+def test_other_blocks_are_the_eager_twins(kernels):
+    """By itself; by force the kernels refuse them, and are not swapped for the twin."""
     inputs, weight, bias, _ = draw(kernels, DTYPES[0], 70, heads=1)
     options = (weight, bias, 0.5, 32, 16, "bf16")
-    assert torch.equal(whole(*inputs, *options), twin.in_plain_pytorch(*inputs, *options))
+    assert torch.equal(ops.sparse_linear_attention(*inputs, *options), twin.in_plain_pytorch(*inputs, *options))
+    with ops.force(sparse_linear_attention="triton"), pytest.raises(MachineError, match="needs blocks of 64/128"):
+        ops.sparse_linear_attention(*inputs, *options)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_8_bits_need_a_gpu_that_has_e4m3(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    operation = ops.OPERATIONS["sparse_linear_attention"]
+    kernel = next(i for i in operation.implementations if i.name == "triton")
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert kernel.fits(q, q, q, None, None, 0.1, 128, 64, "bf16") is None
+    assert (kernel.fits(q, q, q, None, None, 0.1, 128, 64, "int8", None, None) is None) == fits
 
 
 @pytest.mark.gpu

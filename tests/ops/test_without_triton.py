@@ -7,6 +7,7 @@ import textwrap
 
 SCRIPT = """
     import sys
+    import warnings
     from importlib.machinery import PathFinder
 
     class WithoutTriton:
@@ -17,6 +18,8 @@ SCRIPT = """
 
     import torch
     from turbowan import ops
+    from turbowan.errors import Note
+    from turbowan.ops import registry
     from turbowan.models.transformer import AttentionConfig, TransformerConfig, WanTransformer
     from turbowan.models.pack import join_qkv, round_linears
 
@@ -32,6 +35,22 @@ SCRIPT = """
         assert choice.implementation.name != "triton", name
     refused = dict(ops.explain(facts)["sparse_linear_attention"].refused)
     assert refused["triton"] == "needs the package triton, which is not installed", refused
+    registry._installed = lambda package: package != "triton"  # NVIDIA's attention runs between two kernels of ours
+    for capability in ((9, 0), (12, 0)):
+        choice = ops.explain(ops.Facts("cuda", torch.bfloat16, 128, capability))["sparse_linear_attention"]
+        assert choice.implementation.name == "eager"
+        assert ("cudnn", "needs the package triton, which is not installed") in choice.refused, choice.refused
+    with warnings.catch_warnings(record=True) as caught:  # as on a GPU, in whose place the CPU computes
+        warnings.simplefilter("always")
+        registry.Facts.of = lambda x, head_size=None: ops.Facts("cuda", torch.bfloat16, head_size, (9, 0))
+        for name in ("rms_norm", "gelu_rows"):
+            ops.OPERATIONS[name]._chosen.clear()
+        for x in torch.randn(2, 2, 5, 64), torch.randn(2, 5, 32), torch.randn(1, 3, 48):
+            ops.rms_norm(x, torch.ones(x.shape[-1]))
+            ops.gelu_rows(x.flatten(0, -2))
+    reason = "our kernel needs the package triton, which is not installed"
+    assert [str(w.message) for w in caught] == [f"rms_norm runs in plain PyTorch, slowly: {reason}"], caught
+    assert caught[0].category is Note
     assert not [name for name in sys.modules if name.partition(".")[0] == "triton"]
 """
 

@@ -1,1 +1,1 @@
-"""What `turbowan bench` runs: true sizes, random weights, one JSON line per case."""
+"""What `turbowan bench` runs: true sizes, random weights, one record per case."""

@@ -1,10 +1,12 @@
-"""One thing to time."""
+"""One thing to time, and how far its result is off."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,9 @@ class Case:
     bytes: int = 0
     peak: str = "bf16"
     error: Callable[[], float] | None = None
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    """|ours - expected| / |expected| in the 2-norm and in float32, to five digits."""
+    ours, expected = ours.float(), expected.float()
+    return round(float((ours - expected).norm() / expected.norm()), 5)

@@ -1,14 +1,11 @@
-"""Attention on the named shapes: sparse-linear as a whole and in parts, dense, and to a prompt's tokens.
-
-`python -m turbowan.bench.op_attention 14B-480p 0/2` sweeps the kernels' configurations (here the first half).
-"""
+"""Attention on the named shapes: sparse-linear as a whole and in parts, dense, and to a prompt's tokens."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,10 +14,8 @@ from torch import Tensor
 from .. import ops
 from ..ops.attention import in_plain_pytorch
 from ..ops.block_map import kept_blocks
-from .case import Case
-from .op import time_case
+from .case import Case, relative_error
 from .op_linear import SHAPES
-from .op_norm import print_sweep
 
 TOP_K = 0.1
 HEAD_SIZE = 128
@@ -54,18 +49,19 @@ class Inputs:
             zip(names, (self.length, self.heads, HEAD_SIZE, *blocks, TOP_K), strict=True)
         )
 
-    def whole(self, precision: str, given: bool = True) -> Tensor:
-        """given: the means of blocks come with q and k."""
+    def whole(self, precision: str, given: bool = True, by: str | None = None) -> Tensor:
+        """given: the means of blocks come with q and k. by: an implementation, by default the registry's choice."""
         rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means if given else None)
-        return ops.sparse_linear_attention(self.q, self.k, self.v, *rest)
+        with ops.force(sparse_linear_attention=by) if by else nullcontext():
+            return ops.sparse_linear_attention(self.q, self.k, self.v, *rest)
 
-    def error(self, precision: str) -> float:
+    def error(self, precision: str, by: str | None = None) -> float:
         """Of the whole operation against the eager twin with the same means; in float32, but for SageSLA's rounding."""
         q, k, v = (x if precision == "int8" else x.float() for x in (self.q, self.k, self.v))
         rest = (self.weight, self.bias, TOP_K, *self.blocks, precision, self.means)
         with ops.force(sparse_linear_attention="eager"):
             expected = ops.sparse_linear_attention(q, k, v, *rest)
-        return _distance(self.whole(precision), expected)
+        return relative_error(self.whole(precision, by=by), expected)
 
 
 def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
@@ -82,6 +78,9 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
         run, error = partial(at.whole, precision), partial(at.error, precision)
         yield Case(f"sparse-linear {precision}", run, at.shape, flops, 4 * at.bytes, precision, error)
     yield Case("sparse-linear bf16, without means", partial(at.whole, "bf16", False), at.shape, flops, 4 * at.bytes)
+    if find_spec("cudnn"):  # the extra
+        run, error = partial(at.whole, "bf16", by="cudnn"), partial(at.error, "bf16", by="cudnn")
+        yield Case("sparse-linear bf16 by cuDNN", run, at.shape, flops, 4 * at.bytes, error=error)
 
     select = partial(_select, at)
     yield Case("part: selection", select, at.shape, 0, sum(4 * x.numel() for x in (*at.means, at.lists)))
@@ -101,40 +100,24 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
         yield _short(at.q, *prompt, in_plain_pytorch, ", PyTorch's")
 
 
-def sweep(
-    shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10, device: str = "cuda"
-) -> Iterator[dict[str, Any]]:
-    """Every candidate of the attention kernels.
+def candidates(shape: str, device: str = "cuda") -> Iterator[tuple[Case, Any]]:
+    """What a sweep tries, with each kernel's configuration; shape as in `cases`.
 
-    Args:
-        shape: a key of `op_linear.SHAPES`. part: (i, n): only the candidates i, i + n, ... of each kernel.
-        repeats: timed calls of each.
-
-    Returns:
-        Records for JSON: kernel, configuration, and its milliseconds, rate, share of the bound and distance from the
-        table's choice (for short attention: from the eager twin); or what failed.
+    Errors are distances from the table's choice; for short attention, from the eager twin.
     """
     from ..ops.triton import linear_state, sage_attention, short_attention, sparse_attention
 
-    some = slice(part[0], None, part[1])
     for blocks in ((128, 64), (64, 128)):
         at = Inputs(shape, device, blocks)
-        for state_config in linear_state.candidates()[some] if blocks == (128, 64) else ():
-            yield _timed(_state(at, state_config), state_config, repeats)
-        for config in sparse_attention.candidates(*blocks)[some]:
-            yield _timed(_sparse(at, config), config, repeats)
-        for sage_config in sage_attention.candidates(*blocks)[some]:
-            yield _timed(_sage(at, sage_config), sage_config, repeats)
-    for short_config in short_attention.candidates()[some]:
+        for state_config in linear_state.candidates() if blocks == (128, 64) else ():
+            yield _state(at, state_config), state_config
+        for config in sparse_attention.candidates(*blocks):
+            yield _sparse(at, config), config
+        for sage_config in sage_attention.candidates(*blocks):
+            yield _sage(at, sage_config), sage_config
+    for short_config in short_attention.candidates():
         for prompt in PROMPTS:
-            function = partial(short_attention.attention, config=short_config)
-            yield _timed(_short(at.q, *prompt, function), short_config, repeats)
-
-
-def _timed(case: Case, config: Any, repeats: int) -> dict[str, Any]:
-    kept = ("shape", "ms", "tflops", "share_of_bound", "error", "failed")
-    record = {key: value for key, value in time_case(case, repeats).items() if key in kept}
-    return {"kernel": case.name, "config": asdict(config), **record}
+            yield _short(at.q, *prompt, partial(short_attention.attention, config=short_config)), short_config
 
 
 def _select(at: Inputs) -> Tensor:
@@ -148,7 +131,7 @@ def _state(at: Inputs, config: Any = None) -> Case:
     from ..ops.triton.linear_state import linear_state
 
     run = partial(linear_state, at.k, at.v, at.weight, config)
-    error = None if config is None else lambda: max(map(_distance, run(), at.state))
+    error = None if config is None else lambda: max(map(relative_error, run(), at.state))
     return Case("part: state", run, at.shape, at.branch_flops, 2 * at.bytes, error=error)
 
 
@@ -174,7 +157,7 @@ def _kernel(
     name: str, function: Callable[..., Tensor], arguments: tuple, at: Inputs, config: Any, moved: int, peak: str
 ) -> Case:
     run = partial(function, *arguments, config)
-    error = None if config is None else lambda: _distance(run(), function(*arguments))
+    error = None if config is None else lambda: relative_error(run(), function(*arguments))
     return Case(name, run, at.shape, at.sparse_flops + at.branch_flops, moved, peak, error)
 
 
@@ -183,17 +166,8 @@ def _short(q: Tensor, keys: int, count: int, function: Callable[..., Tensor], wh
     shape: dict[str, int | float] = {"tokens": q.shape[1], "heads": q.shape[2], "keys": keys, "last_key_count": count}
 
     def error() -> float:
-        return _distance(function(q, k, v, count), in_plain_pytorch(q.float(), k.float(), v.float(), count))
+        return relative_error(function(q, k, v, count), in_plain_pytorch(q.float(), k.float(), v.float(), count))
 
     run = partial(function, q, k, v, count)
     moved = 2 * q.numel() * q.element_size()
     return Case(f"to {keys} keys{whose}", run, shape, 4 * q.numel() * keys, moved, error=error)
-
-
-def _distance(ours: Tensor, expected: Tensor) -> float:
-    """|ours - expected| / |expected|."""
-    return round(float((ours.float() - expected.float()).norm() / expected.float().norm()), 5)
-
-
-if __name__ == "__main__":
-    print_sweep(sweep, *sys.argv[1:])

@@ -1,18 +1,9 @@
-"""Linear layers of true shapes: products in every format, and the passes that round their rows.
-
-`python -m turbowan.bench.op_linear 14B-480p 0/2` runs a sweep over the kernels' configurations (here its first
-half): one JSON line each, what fails or hangs included.
-"""
+"""Linear layers of true shapes: products in every format, and the passes that round their rows."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
-from threading import Timer
 from typing import Any
 
 import torch
@@ -22,18 +13,15 @@ from torch import Tensor
 from .. import ops
 from ..ops import fp8_rowwise
 from ..ops.rows import FORMATS, quantize_rows
-from .case import Case
-from .op import time_case
+from .case import Case, relative_error
 
 SHAPES = {"1.3B-480p": (32760, 1536, 8960), "14B-480p": (32760, 5120, 13824), "14B-720p": (75600, 5120, 13824)}
 PRODUCTS = {"int8_row": ops.product_int8_rowwise, "fp8_row": ops.product_fp8_rowwise,
             "int8_block": ops.product_int8_blockwise}  # fmt: skip
 CHECKED_ROWS = 512
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATIENCE = 90.0  # seconds for one configuration of a sweep, compilation included
 
 
-def cases(shape: str) -> Iterator[Case]:
+def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
     """The products of a block (D -> 3D, D -> D, D -> F, F -> D) and the roundings of rows of D and of F.
 
     Args:
@@ -41,7 +29,7 @@ def cases(shape: str) -> Iterator[Case]:
     """
     m, d, f = SHAPES[shape]
     for k, n in ((d, 3 * d), (d, d), (d, f), (f, d)):
-        x, weight, bias = _draw(m, k, n)
+        x, weight, bias = _draw(m, k, n, device)
         yield _product_case("bf16", x, weight, partial(ops.linear, x, weight, bias), bias)
         if n == f:
             yield _product_case("bf16 gelu", x, weight, partial(ops.linear, x, weight, bias, "gelu_tanh"), None)
@@ -56,25 +44,17 @@ def cases(shape: str) -> Iterator[Case]:
                     yield _product_case("int8_row gelu", x, weight, partial(product, *parts, "gelu_tanh"), None)
                 yield _product_case("int_mm", x, weight, partial(torch._int_mm, parts[0], parts[2].T), None)
     for k in (d, f):
-        x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         for format in FORMATS[1:]:
             yield _rounding_case(f"quantize {format}", x, partial(quantize_rows, x, format))
 
 
-def sweep(shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10) -> Iterator[dict[str, Any]]:
-    """Every candidate of the kernels on the D -> F product and on the rounding of rows of D.
-
-    Args:
-        shape: a key of SHAPES. part: (i, n): only the candidates i, i + n, ... of each kernel.
-        repeats: timed calls of each.
-
-    Returns:
-        Records for JSON: kernel, configuration, and its milliseconds, rate and error; or what failed.
-    """
+def candidates(shape: str, device: str = "cuda") -> Iterator[tuple[Case, Any]]:
+    """What a sweep tries, with each kernel's configuration: the D -> F product, and the rounding of rows of D."""
     from ..ops.triton import matmul_int8, quantize
 
     m, d, f = SHAPES[shape]
-    x, weight, bias = _draw(m, d, f)
+    x, weight, bias = _draw(m, d, f, device)
     products: dict[str, Callable[..., Tensor]] = {
         "int8_row": matmul_int8.product_int8_rowwise,
         "int8_block": matmul_int8.product_int8_blockwise,
@@ -82,20 +62,17 @@ def sweep(shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10) -> Iter
     for format, product in products.items():
         parts = (*quantize_rows(x, format), *quantize_rows(weight, format), bias, torch.bfloat16)
         parts = (*parts[:3], parts[3].flatten() if format == "int8_row" else parts[3], *parts[4:])
-        for config in matmul_int8.candidates(format.removeprefix("int8_"))[part[0] :: part[1]]:
-            what = {"kernel": format, "config": {"kind": type(config).__name__, **asdict(config)}}
-            case = _product_case(format, x, weight, partial(product, *parts, config=config), bias)
-            yield what | _patiently(what, case, repeats)
+        for config in matmul_int8.candidates(format.removeprefix("int8_")):
+            yield _product_case(format, x, weight, partial(product, *parts, config=config), bias), config
     roundings = {"int8_row": quantize.quantize_int8_rowwise, "int8_block": quantize.quantize_int8_blockwise}
     for format, rounding in roundings.items():
-        for warps in quantize.candidates()[part[0] :: part[1]]:
-            what = {"kernel": f"quantize {format}", "config": {"num_warps": warps}}
-            yield what | _patiently(what, _rounding_case(format, x, partial(rounding, x, warps)), repeats)
+        for warps in quantize.candidates():
+            yield _rounding_case(f"quantize {format}", x, partial(rounding, x, warps)), {"num_warps": warps}
 
 
-def _draw(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(m: int, k: int, n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((m, k), (n, k), (n,))
-    x, weight, bias = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes)
+    x, weight, bias = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
     return x, weight, bias
 
 
@@ -109,8 +86,7 @@ def _product_case(name: str, x: Tensor, weight: Tensor, run: Callable[[], Tensor
 
     def error() -> float:
         exact = F.linear(x[:CHECKED_ROWS].float(), weight.float(), None if bias is None else bias.float())
-        ours = run()[:CHECKED_ROWS].float()
-        return round(float((ours - exact).norm() / exact.norm()), 5)
+        return relative_error(run()[:CHECKED_ROWS], exact)
 
     sizes: dict[str, int | float] = {"rows": m, "in": k, "out": n}
     moved = width * (m * k + n * k) + out * m * n
@@ -120,28 +96,3 @@ def _product_case(name: str, x: Tensor, weight: Tensor, run: Callable[[], Tensor
 def _rounding_case(name: str, x: Tensor, run: Callable[[], Any]) -> Case:
     m, k = x.shape
     return Case(f"{name} {k}", run, {"rows": m, "in": k}, 0, 3 * m * k)
-
-
-def _patiently(what: dict[str, Any], case: Case, repeats: int) -> dict[str, Any]:
-    """A case's time, or what failed. A kernel that hangs cannot be stopped: then this process says so and ends."""
-
-    def give_up() -> None:
-        print(json.dumps(what | {"failed": f"no result after {PATIENCE:g} s; the sweep ends here"}), flush=True)
-        os._exit(3)
-
-    timer = Timer(PATIENCE, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        record = time_case(case, repeats)
-    finally:
-        timer.cancel()
-    return {key: record[key] for key in ("ms", "tflops", "gbytes_per_s", "error", "failed") if key in record}
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    index, count = (int(part) for part in (sys.argv[2:] or ["0/1"])[0].split("/"))
-    with torch.inference_mode():
-        for record in sweep(sys.argv[1], (index, count)):
-            print(json.dumps(record), flush=True)

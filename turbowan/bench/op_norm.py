@@ -1,15 +1,10 @@
 """What stands between the linear layers of a block, in every format: residuals and norms, GELU; and a copy, beside
 which they are measured.
-
-`python -m turbowan.bench.op_norm 14B-480p 0/2` runs a sweep over the kernels' configurations (here its first half).
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,11 +14,9 @@ from torch import Tensor
 from .. import ops
 from ..ops.int8_blockwise import BLOCK, dequantize_int8_blockwise
 from ..ops.rows import FORMATS
-from .case import Case
-from .op import time_case
-from .op_linear import SHAPES
+from .case import Case, relative_error
+from .op_linear import CHECKED_ROWS, SHAPES
 
-CHECKED_ROWS = 512
 # the three norms of a block: which tensors go in beside x
 KINDS = {
     "first": ("shift", "scale"),
@@ -51,50 +44,24 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
         yield _gelu_case(x, format, ops.gelu_rows)
 
 
-def sweep(
-    shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10, device: str = "cuda"
-) -> Iterator[dict[str, Any]]:
-    """Every candidate of the kernels.
-
-    Args:
-        shape: a key of `op_linear.SHAPES`. part: (i, n): only the candidates i, i + n, ... of each kernel.
-        repeats: timed calls of each.
-
-    Returns:
-        Records for JSON: kernel, configuration, and its milliseconds, rate and share of the bound; or what failed.
-    """
+def candidates(shape: str, device: str = "cuda") -> Iterator[tuple[Case, Any]]:
+    """What a sweep tries, with each kernel's configuration; shape as in `cases`."""
     from ..ops.triton import gelu_rows, residual_norm
 
     length, width, hidden = SHAPES[shape]
     tensors = _draw(length, width, device)
     absent: dict[str, Any] = dict.fromkeys(("delta", "gate", "weight", "bias", "shift", "scale"))
     for kind, format in (("first", "int8_row"), ("second", "int8_row"), ("gated", "bf16"), ("first", "int8_block")):
-        for config in residual_norm.candidates()[part[0] :: part[1]]:
+        for config in residual_norm.candidates():
             fixed: dict[str, Any] = {**absent, "eps": 1e-6, "variance": "exact", "config": config}
             norm = partial(residual_norm.residual_norm, **fixed)
-            yield timed(_norm_case(tensors, kind, format, norm), config, repeats)
+            yield _norm_case(tensors, kind, format, norm), config
     del tensors
     x = torch.randn(1, length, hidden, device=device, dtype=torch.bfloat16)
     for format in ("int8_row", "bf16", "int8_block"):
-        for gelu_config in gelu_rows.candidates()[part[0] :: part[1]]:
+        for gelu_config in gelu_rows.candidates():
             gelu = partial(gelu_rows.gelu_rows, config=gelu_config)
-            yield timed(_gelu_case(x, format, gelu), gelu_config, repeats)
-
-
-def timed(case: Case, config: Any, repeats: int) -> dict[str, Any]:
-    """A candidate's record: what ran, with which configuration, and what came out."""
-    kept = ("ms", "gbytes_per_s", "share_of_bound", "error", "failed")
-    record = {key: value for key, value in time_case(case, repeats).items() if key in kept}
-    return {"kernel": case.name, "config": asdict(config), **record}
-
-
-def print_sweep(sweep: Callable[..., Iterator[dict[str, Any]]], shape: str, part: str = "0/1") -> None:
-    """One JSON line per record; part "i/n" as in `sweep`."""
-    torch.manual_seed(0)
-    index, count = (int(number) for number in part.split("/"))
-    with torch.inference_mode():
-        for record in sweep(shape, (index, count)):
-            print(json.dumps(record), flush=True)
+            yield _gelu_case(x, format, gelu), gelu_config
 
 
 def _draw(length: int, width: int, device: str) -> dict[str, Tensor]:
@@ -114,7 +81,7 @@ def _norm_case(tensors: dict[str, Tensor], kind: str, format: str, function: Cal
         rows = {name: value[:, :CHECKED_ROWS].float() if name == "delta" else value for name, value in given.items()}
         with ops.force(residual_norm="eager"):
             exact = ops.residual_norm(x[:, :CHECKED_ROWS].float(), **rows)[1]
-        return _relative_error(run()[1:], exact, format)
+        return _error(run()[1:], exact, format)
 
     moved = (6 if "delta" in given else 2) * length * width + _bytes(length, width, format)
     return Case(f"residual_norm {kind} {format} {width}", run, {"rows": length, "width": width}, 0, moved, error=error)
@@ -127,7 +94,7 @@ def _gelu_case(x: Tensor, format: str, function: Callable[..., tuple[Tensor, ...
     def error() -> float:
         with ops.force(gelu_rows="eager"):
             exact = ops.gelu_rows(x[:, :CHECKED_ROWS].float())[0]
-        return _relative_error(run(), exact, format)
+        return _error(run(), exact, format)
 
     moved = 2 * length * width + _bytes(length, width, format)
     return Case(f"gelu_rows {format} {width}", run, {"rows": length, "width": width}, 0, moved, error=error)
@@ -140,15 +107,11 @@ def _bytes(length: int, width: int, format: str) -> int:
     return length * width + 4 * (length * width // BLOCK**2 if format == "int8_block" else length)
 
 
-def _relative_error(found: tuple[Tensor, ...], exact: Tensor, format: str) -> float:
+def _error(found: tuple[Tensor, ...], exact: Tensor, format: str) -> float:
     """Of the first rows, as numbers."""
     values, scale = found[0][:CHECKED_ROWS], found[1]
     if format == "int8_block":
         ours = dequantize_int8_blockwise(values, scale[: CHECKED_ROWS // BLOCK])
     else:
         ours = values.float() * (1 if format == "bf16" else scale[:CHECKED_ROWS])
-    return round(float((ours - exact).norm() / exact.norm()), 5)
-
-
-if __name__ == "__main__":
-    print_sweep(sweep, *sys.argv[1:])
+    return relative_error(ours, exact)

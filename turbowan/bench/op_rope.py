@@ -1,12 +1,9 @@
 """What stands between the projections and the attentions: RMSNorm and rotation of q and k with block means, and the
 RMSNorm of cross-attention's q; and a copy, beside which they are measured.
-
-`python -m turbowan.bench.op_rope 14B-480p 0/2` runs a sweep over the kernels' configurations (here its first half).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,9 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from ..models.transformer import HEAD_SIZE
-from .case import Case
-from .op_linear import SHAPES
-from .op_norm import CHECKED_ROWS, print_sweep, timed
+from .case import Case, relative_error
+from .op_linear import CHECKED_ROWS, SHAPES
 
 BLOCKS = ((128, 64), (64, 64), (0, 0))  # of q and k; 0 = no means
 
@@ -37,28 +33,18 @@ def cases(shape: str, device: str = "cuda") -> Iterator[Case]:
         yield _rope_case((q, k, *rest), blocks, ops.qk_norm_rope)
 
 
-def sweep(
-    shape: str, part: tuple[int, int] = (0, 1), repeats: int = 10, device: str = "cuda"
-) -> Iterator[dict[str, Any]]:
-    """Every candidate of the kernels.
-
-    Args:
-        shape: a key of `op_linear.SHAPES`. part: (i, n): only the candidates i, i + n, ... of each kernel.
-        repeats: timed calls of each.
-
-    Returns:
-        Records for JSON: kernel, configuration, and its milliseconds, rate and share of the bound; or what failed.
-    """
+def candidates(shape: str, device: str = "cuda") -> Iterator[tuple[Case, Any]]:
+    """What a sweep tries, with each kernel's configuration; shape as in `cases`."""
     from ..ops.triton import qk_norm_rope, rms_norm
 
     q, k, *rest = _draw(shape, device)
-    for config in qk_norm_rope.candidates()[part[0] :: part[1]]:
+    for config in qk_norm_rope.candidates():
         run = partial(_with_heads, partial(qk_norm_rope.qk_norm_rope, config=config))
-        yield timed(_rope_case((q, k, *rest), BLOCKS[0], run), config, repeats)
+        yield _rope_case((q, k, *rest), BLOCKS[0], run), config
     x = q.contiguous()
-    for norm_config in rms_norm.candidates()[part[0] :: part[1]]:
+    for norm_config in rms_norm.candidates():
         norm = partial(rms_norm.rms_norm, config=norm_config)
-        yield timed(_norm_case(x, rest[0], norm), norm_config, repeats)
+        yield _norm_case(x, rest[0], norm), norm_config
 
 
 def _with_heads(function: Callable[..., tuple[Tensor, ...]], q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -81,7 +67,7 @@ def _norm_case(x: Tensor, weight: Tensor, function: Callable[..., Tensor]) -> Ca
     def error() -> float:
         with ops.force(rms_norm="eager"):
             exact = ops.rms_norm(x[:, :CHECKED_ROWS].float(), weight, 1e-6)
-        return _relative_error(run(), exact)
+        return relative_error(run()[:, :CHECKED_ROWS], exact)
 
     return Case(f"rms_norm {width}", run, {"rows": length, "width": width}, 0, 4 * length * width, error=error)
 
@@ -98,18 +84,10 @@ def _rope_case(
         table = [x[:CHECKED_ROWS] for x in (cos, sin)]
         with ops.force(qk_norm_rope="eager"):
             exact = ops.qk_norm_rope(tops[0], tops[1], weights[0], weights[1], table[0], table[1])
-        return max(_relative_error(ours, theirs) for ours, theirs in zip(run()[:2], exact[:2], strict=True))
+        ours = (x[:, :CHECKED_ROWS] for x in run()[:2])
+        return max(map(relative_error, ours, exact[:2]))
 
     means = sum(-(-length // block) for block in blocks if block)
     moved = 8 * length * width + 4 * (2 * cos.numel() + means * width)
     name = f"qk_norm_rope {width}" + (f" means of {blocks[0]} and {blocks[1]}" if means else "")
     return Case(name, run, {"rows": length, "width": width}, 0, moved, error=error)
-
-
-def _relative_error(found: Tensor, exact: Tensor) -> float:
-    """Of the first rows."""
-    return round(float((found[:, :CHECKED_ROWS].float() - exact).norm() / exact.norm()), 5)
-
-
-if __name__ == "__main__":
-    print_sweep(sweep, *sys.argv[1:])

@@ -1,14 +1,21 @@
-"""`turbowan bench`: measurements with random weights of true sizes, one JSON line a case."""
+"""`turbowan bench`: measurements with random weights of true sizes, as a table or one JSON line a case."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure with random weights of true sizes; one JSON line per case.")
+app = typer.Typer(help="Measure with random weights of true sizes; a table, or with --json a line per case.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON line per case, with spread and machine, and no table.")]
+# what a table's title, the names of cases, or only the JSON lines say
+_NOT_SHOWN = {"bench", "gpu", "torch", "commit", "shape", "size", "precision", "attention", "bound_ms", "weights_gib"}
+_HEADINGS = {"ms p50": "ms", "share_of_bound": "of bound", "tflops": "TFLOP/s", "gbytes_per_s": "GB/s"}
 
 
 @app.command()
@@ -19,8 +26,9 @@ def pipeline(
     resolution: Annotated[str, typer.Option(help="A name of the resolution table.")] = "480p",
     num_frames: Annotated[int, typer.Option(help="4k+1.")] = 81,
     attention: Annotated[str, typer.Option(help="original, sla or sagesla.")] = "sla",
-    repeats: Annotated[int, typer.Option(help="Warm runs after the first.")] = 1,
+    repeats: Annotated[int, typer.Option(min=0, help="Warm runs after the first.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """From official files to decoded frames: seconds per stage and peak memory."""
     from ..bench.pipeline import run_pipeline
@@ -39,22 +47,20 @@ def pipeline(
         num_frames=num_frames,
         attention=attention,
     )
-    for record in run_pipeline(folder, request, str(where), repeats):
-        print(json.dumps(record), flush=True)
+    _show(run_pipeline(folder, request, str(where), repeats), as_json)
 
 
 @app.command()
 def op(
     what: Annotated[str, typer.Argument(help="attention, linear, norm or rope.")],
     shape: Annotated[str, typer.Option(help="1.3B-480p, 14B-480p or 14B-720p.")] = "1.3B-480p",
-    repeats: Annotated[int, typer.Option(help="Timed calls.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per case; what is printed anyway.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 20,
+    as_json: AsJson = False,
 ) -> None:
     """One operation on a GPU, every implementation: median, rate and share of what bounds it."""
     from ..bench.op import run_operation
 
-    for record in run_operation(what, shape, repeats):
-        print(json.dumps(record), flush=True)
+    _show(run_operation(what, shape, repeats), as_json)
 
 
 @app.command()
@@ -70,28 +76,86 @@ def transformer(
     precision: Annotated[str, typer.Option(help="Of the linear layers: bf16, int8, fp8 or int8_block.")] = "int8",
     attention: Annotated[str, typer.Option(help="original, sla or sagesla.")] = "sla",
     text_rows: Annotated[int, typer.Option(help="Rows of text that keys are made of, of the 512 attended to.")] = 512,
-    repeats: Annotated[int, typer.Option(help="Timed steps.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 10,
     graph: Annotated[bool, typer.Option("--graph", help="Time the step as a CUDA graph too.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A step of the denoise time on a GPU: median, share of what the products alone would take, work of the host."""
     from ..bench.step import Step, growth
     from ..bench.transformer import run_transformer
 
     steps = growth(Step(resolution, num_frames, top_k), vary or [])
-    for record in run_transformer(size, steps, precision, attention, text_rows, repeats, graph):
-        print(json.dumps(record), flush=True)
+    _show(run_transformer(size, steps, precision, attention, text_rows, repeats, graph), as_json)
 
 
 @app.command()
 def compare(
-    new: Annotated[list[Path], typer.Argument(help="Files of JSON lines just measured.")],
+    new: Annotated[list[Path], typer.Argument(help="Files of JSON lines (--json) just measured.")],
     against: Annotated[list[Path], typer.Option(help="Recorded ones: files or folders, as benchmarks/results/<gpu>.")],
-    tolerance: Annotated[float, typer.Option(help="How much slower a case may be: 0.05 is 5 %.")] = 0.05,
+    tolerance: Annotated[float, typer.Option(min=0, help="How much slower a case may be: 0.05 is 5 %.")] = 0.05,
+    as_json: AsJson = False,
 ) -> None:
-    """Medians against recorded ones; exit code 1 if any case is slower by more than the tolerance."""
-    from ..bench.compare import compare as compare_records
+    """Medians against recorded ones; exit code 1 if any case is slower by more than the tolerance, or fails.
 
-    rows, slower = compare_records(new, against, tolerance)
-    for row in rows:
-        print(json.dumps(row))
-    raise typer.Exit(1 if slower else 0)
+    Cases that are recorded but missing from what was run again are listed.
+    """
+    from ..bench.compare import compare as compare_records
+    from .table import print_table
+
+    rows, worse = compare_records(new, against, tolerance)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        columns = ("bench", "case", "before_ms", "after_ms", "ratio", "verdict", "failed")
+        cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+        missing = sum(row["verdict"] == "missing" for row in rows)
+        title = f"{len(rows)} recorded cases: {worse} slower by more than {tolerance:.0%} or failed, {missing} missing"
+        print_table(title, cells, ("bench", "case", "before ms", "after ms", "ratio", "", ""))
+    raise typer.Exit(1 if worse else 0)
+
+
+def _show(records: Iterable[Mapping[str, Any]], as_json: bool) -> None:
+    """Lines as they come; or one table at the end, also of what was measured until an error or Ctrl-C."""
+    if as_json:
+        for record in records:
+            print(json.dumps(record), flush=True)
+        return
+    found = []
+    try:
+        for record in records:
+            found.append(record)
+            if sys.stderr.isatty():
+                print(f"\r\033[Kmeasured {len(found)}: {record['case']}", end="", file=sys.stderr, flush=True)
+    finally:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if found:
+            _print_records(found)
+
+
+def _print_records(records: list[Mapping[str, Any]]) -> None:
+    """A column for each number that is not nothing in all of them."""
+    from .table import print_table
+
+    rows = [dict(_numbers(record)) for record in records]
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if value)
+    title = "{bench} on {gpu}, PyTorch {torch}".format_map(records[0])
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    print_table(title, cells, [_HEADINGS.get(name, name.replace("_", " ").replace("gib", "GiB")) for name in names])
+
+
+def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a table shows, by name: medians without their spread, and what is no deeper than that."""
+    for name, value in record.items():
+        if name in _NOT_SHOWN:
+            continue
+        if not isinstance(value, dict):
+            yield name, value
+            continue
+        parts = {"p50": value["p50"]} if "p50" in value else value
+        yield from ((f"{name} {part}", number) for part, number in parts.items() if not isinstance(number, dict))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None or value is False else str(value)

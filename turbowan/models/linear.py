@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
@@ -63,6 +64,9 @@ def hidden_rows(layer: nn.Module, rows: Rows, dtype: torch.dtype, format: str) -
     if format == "bf16" and _is_plain(layer, rows):
         values = ops.linear(rows.values, layer.weight, layer.bias, "gelu_tanh")
         return Rows(values, rows.scale, format, rows.batch, rows.length)
+    if format == "bf16" and rows.format != "bf16":  # an adapter wants the numbers: no pass of its own for GELU
+        values = rows.samples(layer.product(rows, dtype, "gelu_tanh")).flatten(0, 1)  # type: ignore[operator]
+        return Rows(values, values.new_empty(0), format, rows.batch, rows.length)
     x = project(layer, rows, dtype)
     return Rows(*ops.gelu_rows(x, format), format, x.shape[0], x.shape[1])
 
@@ -83,12 +87,19 @@ def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _is_plain(layer: nn.Module, rows: Rows) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is nothing but a product of numbers of one dtype: nobody hooked into it or replaced its
-    `forward`, and no autocast is to make them one."""
+    """Whether calling the layer is nothing but a product of numbers of one dtype, which no autocast is to make one."""
     if type(layer) is not nn.Linear or torch.is_autocast_enabled(rows.values.device.type):
         return False
-    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return not changed and layer.weight.dtype == rows.values.dtype
+    return not is_changed(layer) and layer.weight.dtype == rows.values.dtype
+
+
+def is_changed(layer: nn.Module) -> bool:
+    """Whether somebody hooked into the layer (or into all modules), replaced its `forward` or compiled it: it must be
+    called then, as a module."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        or "forward" in vars(layer) or layer._compiled_call_impl is not None or _has_any_global_hook()
+    )  # fmt: skip
 
 
 def _added(out: Tensor, x: Tensor, addition: Addition | None) -> Tensor:
@@ -99,7 +110,7 @@ class EightBitLinear(nn.Module, ABC):
     """W8A8: reads rows of its `format`, or rounds what it gets to it.
 
     Subclasses name the format, the buffers and the product. addition: [..., K] -> [..., N], what an adapter adds to the
-    result; a layer that has one wants the numbers themselves, for the adapter.
+    result; a layer that has one, or hooks, wants the numbers themselves, for these.
     """
 
     format: str
@@ -109,11 +120,11 @@ class EightBitLinear(nn.Module, ABC):
     @property
     def reads(self) -> str:
         """What whatever comes before this layer should hand it."""
-        return self.format if self.addition is None else "bf16"
+        return self.format if self.addition is None and not is_changed(self) else "bf16"
 
     @abstractmethod
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """[M, N] in `dtype` from rows in this layer's format."""
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
+        """[M, N] in `dtype` from rows in this layer's format; activation: as of `ops.product_int8_rowwise`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, K] -> [B, L, N] in x's dtype."""
@@ -134,8 +145,9 @@ class Int8BlockLinear(EightBitLinear):
         self.register_buffer("scale", torch.empty(blocks, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        return ops.product_int8_blockwise(rows.values, rows.scale, self.int8_weight, self.scale, self.bias, dtype)
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
+        weight = self.int8_weight, self.scale, self.bias
+        return ops.product_int8_blockwise(rows.values, rows.scale, *weight, dtype, activation)
 
 
 class RowLinear(EightBitLinear):
@@ -151,9 +163,10 @@ class RowLinear(EightBitLinear):
         self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, device=device))
 
-    def product(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def product(self, rows: Rows, dtype: torch.dtype, activation: str = "none") -> Tensor:
         product = ops.product_int8_rowwise if self.format == "int8_row" else ops.product_fp8_rowwise
-        return product(rows.values, rows.scale, self.weight, self.weight_scale.flatten(), self.bias, dtype)
+        weight = self.weight, self.weight_scale.flatten(), self.bias
+        return product(rows.values, rows.scale, *weight, dtype, activation)
 
 
 class Int8RowLinear(RowLinear):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.int8_blockwise import BLOCK
-from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, format_of
+from .linear import Fp8Linear, Fp8RowLinear, Int8BlockLinear, Int8RowLinear, RowLinear, format_of, is_changed
 from .transformer import SelfAttention, WanTransformer
 
 # format -> layer, the names of its codes and scales, and what makes them of a weight [N, K]
@@ -59,12 +59,14 @@ def round_linears(net: WanTransformer, format: str) -> None:
             if format == "bf16":
                 setattr(module, name, _whole_linear(layer, net.patch_embedding.weight.dtype))
             elif not isinstance(layer, _FORMATS[format][0]):
-                setattr(module, name, _rounded_linear(layer, format))
+                setattr(module, name, _rounded_linear(layer, format, net.patch_embedding.weight.dtype))
 
 
-def _rounded_linear(layer: nn.Module, format: str) -> nn.Module:
+def _rounded_linear(layer: nn.Module, format: str, dtype: torch.dtype) -> nn.Module:
     kind, names, quantize = _FORMATS[format]
     weight, bias = full_weight(layer), layer.state_dict()["bias"]
+    if format == "fp8_row" and dtype == torch.bfloat16:  # as PyTorch's product takes it: else a kernel at each call
+        bias = bias.to(dtype)
     rounded = kind(weight.shape[1], weight.shape[0], "meta")
     for target, value in zip((*names, "bias"), (*quantize(weight), bias), strict=True):
         setattr(rounded, target, value)
@@ -97,7 +99,10 @@ def full_weight(layer: nn.Module) -> Tensor:
 
 
 def join_qkv(net: WanTransformer) -> None:
-    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only."""
+    """Make one layer of each self-attention's q, k and v, whose names then disappear: for inference only.
+
+    They stay apart where they are of different kinds, where an adapter adds to one, or where one is hooked into.
+    """
     for attention in [module for module in net.modules() if isinstance(module, SelfAttention)]:
         if attention.qkv is None and _joinable([attention.q, attention.k, attention.v]):
             attention.qkv = _joined([attention.q, attention.k, attention.v])
@@ -105,6 +110,8 @@ def join_qkv(net: WanTransformer) -> None:
 
 
 def _joinable(layers: Sequence[nn.Module]) -> bool:
+    if any(is_changed(layer) or getattr(layer, "addition", None) is not None for layer in layers):
+        return False
     kinds = {type(layer) for layer in layers}
     whole_blocks = all(layer.bias.shape[0] % BLOCK == 0 for layer in layers)  # type: ignore[index, union-attr]
     same = {Int8BlockLinear} if whole_blocks else set()
@@ -118,4 +125,6 @@ def _joined(layers: Sequence[nn.Module]) -> nn.Module:
     outputs, width = len(values["bias"]), next(v for v in values.values() if v.ndim == 2).shape[1]
     layer = type(layers[0])(width, outputs, device="meta")
     layer.load_state_dict(values, assign=True)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(any(each.get_parameter(name).requires_grad for each in layers))
     return layer

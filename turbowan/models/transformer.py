@@ -359,11 +359,12 @@ class WanTransformer(nn.Module):
 
     def _rotation(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (*grid, device)
-        if key not in self._rotations:
-            self._rotations.clear()
+        table = self._rotations.get(key)
+        if table is None:
             with torch.inference_mode(False):  # kept for later calls, which may want gradients
-                self._rotations[key] = ops.rope_table(*grid, HEAD_SIZE, device)
-        return self._rotations[key]
+                table = ops.rope_table(*grid, HEAD_SIZE, device)
+            self._rotations = {key: table}
+        return table
 
     def _check(self, latent: Tensor, timestep: Tensor, condition: Tensor | None, context: Context) -> None:
         channels = latent.shape[1] + (0 if condition is None else condition.shape[1])

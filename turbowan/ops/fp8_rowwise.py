@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .epilogue import activate, check_activation, finish, product_fake, product_flops
+from .epilogue import activate, check_product, finish, product_fake, product_flops
 from .int8_blockwise import FLOATS
 from .int8_rowwise import exact_ratio
 from .registry import Constraints, Implementation, Operation
@@ -48,7 +48,8 @@ def _scaled_mm(
     activation: str = "none",
     fast: bool = True,
 ) -> Tensor:
-    """By `torch._scaled_mm`, which writes bfloat16 only and takes widths in multiples of 16 (others are padded).
+    """By `torch._scaled_mm`, which writes bfloat16 only, takes a bias in bfloat16 (another is rounded at each call) and
+    widths in multiples of 16 (others are padded).
 
     fast: sums stay in the tensor cores' own accumulators, of fewer bits than float32.
     """
@@ -101,13 +102,15 @@ def product_fp8_rowwise(
         activation: "none", or "gelu_tanh" of the rounded result.
 
     Returns:
-        [M, N] in `dtype`, rounded once, after the bias.
+        [M, N] in `dtype`, rounded once, after the bias. By `torch._scaled_mm` the bias is rounded to bfloat16 before
+        it is added, and GELU is a pass of its own.
 
     Raises:
-        RequestError: no such activation.
+        RequestError: no such activation, or shapes that do not go together.
     """
-    check_activation(activation)
-    return _product_operation(codes, scale, weight, weight_scale.view(-1), bias, dtype, activation)
+    weight_scale = weight_scale.flatten()
+    check_product(codes, scale, weight, weight_scale, bias, activation, ((codes.shape[0], 1), (weight.shape[0],)))
+    return _product_operation(codes, scale, weight, weight_scale, bias, dtype, activation)
 
 
 def linear_fp8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,7 +120,10 @@ def linear_fp8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
         x: [M, K]. weight: float8_e4m3fn [N, K]. weight_scale: float32 [N] or [N, 1]. bias: [N] or None.
 
     Returns:
-        [M, N] in x's dtype, rounded once, after the bias.
+        [M, N] in x's dtype, rounded as `product_fp8_rowwise` rounds.
+
+    Raises:
+        RequestError: shapes that do not go together.
     """
     return product_fp8_rowwise(*quantize_fp8_rowwise(x), weight, weight_scale, bias, x.dtype)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .epilogue import check_activation, finish, product_fake, product_flops
+from .epilogue import check_product, finish, product_fake, product_flops
 from .registry import Operation
 from .triton import offer
 
@@ -102,9 +102,10 @@ def product_int8_blockwise(
         [M, N] in `dtype`, rounded once, after the bias.
 
     Raises:
-        RequestError: no such activation.
+        RequestError: no such activation, or shapes that do not go together.
     """
-    check_activation(activation)
+    m, n, k = (-(-size // BLOCK) for size in (codes.shape[0], weight.shape[0], weight.shape[-1]))
+    check_product(codes, scale, weight, weight_scale, bias, activation, ((m, k), (n, k)))
     return _product_operation(codes, scale, weight, weight_scale, bias, dtype, activation)
 
 
@@ -119,6 +120,9 @@ def linear_int8_blockwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias:
 
     Returns:
         [M, N] in x's dtype, rounded once, after the bias.
+
+    Raises:
+        RequestError: shapes that do not go together.
     """
     return product_int8_blockwise(*quantize_int8_blockwise(x), weight, weight_scale, bias, x.dtype)
 

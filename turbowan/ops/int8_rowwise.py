@@ -6,7 +6,7 @@ Weights carry one scale per output row, activations one per token; both are amax
 import torch
 from torch import Tensor
 
-from .epilogue import check_activation, finish, product_fake, product_flops
+from .epilogue import check_product, finish, product_fake, product_flops
 from .int8_blockwise import FLOATS, integer_product
 from .registry import Operation
 from .triton import offer
@@ -73,10 +73,11 @@ def product_int8_rowwise(
         [M, N] in `dtype`, rounded once, after the bias.
 
     Raises:
-        RequestError: no such activation.
+        RequestError: no such activation, or shapes that do not go together.
     """
-    check_activation(activation)
-    return _product_operation(codes, scale, weight, weight_scale.view(-1), bias, dtype, activation)
+    weight_scale = weight_scale.flatten()
+    check_product(codes, scale, weight, weight_scale, bias, activation, ((codes.shape[0], 1), (weight.shape[0],)))
+    return _product_operation(codes, scale, weight, weight_scale, bias, dtype, activation)
 
 
 def linear_int8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,6 +88,9 @@ def linear_int8_rowwise(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: T
 
     Returns:
         [M, N] in x's dtype, rounded once, after the bias.
+
+    Raises:
+        RequestError: shapes that do not go together.
     """
     return product_int8_rowwise(*quantize_int8_rowwise(x), weight, weight_scale, bias, x.dtype)
 

@@ -10,16 +10,18 @@ autocast as PyTorch's own layers do. Elsewhere an operation keeps to the dtypes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
+from warnings import warn
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..errors import MachineError
+from ..errors import MachineError, Note
 from ..machine import version_numbers
 
 NAMESPACE = "turbowan"
@@ -34,6 +36,7 @@ class Facts:
     head_size: int | None = None
     capability: tuple[int, int] | None = None  # CUDA compute capability
     pytorch: str = str(torch.__version__)
+    rocm: bool = torch.version.hip is not None  # PyTorch for AMD's GPUs, which it calls "cuda" too
 
     @classmethod
     def of(cls, tensor: torch.Tensor, head_size: int | None = None) -> Facts:
@@ -50,12 +53,22 @@ class Constraints:
     head_sizes: tuple[int, ...] | None = None
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
-    package: str | None = None  # that must be installed
+    packages: tuple[str, ...] = ()  # that must be installed, each with the oldest version that serves: "triton>=3.4"
     # from a compute capability up to the next one named, the first PyTorch that serves; None: none that we know of
     torch_from: Mapping[tuple[int, int], str | None] | None = None
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts are outside the constraints, in a few words; None when they are inside."""
+        return self.mismatch(facts) or self.lack(facts)
+
+    def lack(self, facts: Facts) -> str | None:
+        """Of the reasons, those that lie in what is installed."""
+        if facts.rocm and facts.device == "cuda" and self.devices is not None:
+            return "is for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm)"
+        return next(filter(None, map(_lack, self.packages)), None)
+
+    def mismatch(self, facts: Facts) -> str | None:
+        """Of the reasons, those that lie in the device and the call."""
         if self.devices is not None and facts.device not in self.devices:
             return f"needs device {'/'.join(self.devices)}, got {facts.device}"
         if self.dtypes is not None and facts.dtype not in self.dtypes:
@@ -72,9 +85,18 @@ class Constraints:
                 return f"no PyTorch is known to have it for compute capability {facts.capability}"
             if version_numbers(facts.pytorch) < version_numbers(needed):
                 return f"needs PyTorch {needed} for compute capability {facts.capability}, got {facts.pytorch}"
-        if self.package is not None and not _installed(self.package):
-            return f"needs the package {self.package}, which is not installed"
         return None
+
+
+def _lack(requirement: str) -> str | None:
+    """Why an installed package is not what is needed, such as "triton" or "triton>=3.4"; None where it is."""
+    name, _, oldest = requirement.partition(">=")
+    if not _installed(name):
+        return f"needs the package {name}, which is not installed"
+    found = _version(name) if oldest else None
+    if found is not None and version_numbers(found) < version_numbers(oldest):
+        return f"needs {name} {oldest} or later, got {found}"
+    return None
 
 
 @cache
@@ -82,21 +104,39 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+@cache
+def _version(package: str) -> str | None:
+    """Of an installed package; None where that does not tell."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # Triton also comes as `pytorch-triton` and `triton-windows`
+        with suppress(ImportError):
+            return str(getattr(import_module(package), "__version__", "")) or None
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation. Among those that may run, the highest priority wins."""
+    """One way to compute an operation. Among those that may run, the highest priority wins.
+
+    fits: from a call's arguments, why this call is not for it, None where it is: for what `Constraints` do not know.
+        Asked at each call, so it must be cheap. limits: what it asks for, in a few words.
+    """
 
     name: str
     function: Callable[..., Any]
     constraints: Constraints = Constraints()
     priority: int = 0
+    fits: Callable[..., str | None] | None = None
+    limits: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The outcome of a selection.
 
-    refused: names of those that cannot run here, each with the reason. passed_over: those that could run too.
+    refused: names of those that cannot run here, each with the reason. passed_over: those that could run too, highest
+    priority first; the first of them takes the calls that do not fit the one chosen.
     """
 
     implementation: Implementation
@@ -107,9 +147,10 @@ class Choice:
     def others(self) -> dict[str, str]:
         """Every implementation that was not chosen, with the reason in a few words."""
         chosen = self.implementation
-        return dict(self.refused) | {
+        return {name: reason for name, reason in self.refused if name != chosen.name} | {
             other.name: f"could run, but {chosen.name} "
             + ("is forced" if self.forced else f"has priority {chosen.priority} over {other.priority}")
+            + (f" for {chosen.limits}" if chosen.limits and not self.forced else "")
             for other in self.passed_over
         }
 
@@ -179,17 +220,45 @@ class Operation:
         passed_over = tuple(i for i in candidates if i is not chosen)
         return Choice(chosen, tuple(refused), passed_over, forced is not None)
 
+    def _choose(self, facts: Facts) -> Callable[..., Any]:
+        """What runs for these facts: a function of the operation's arguments."""
+        choice = self.select(facts, self.forced)
+        chosen = choice.implementation
+        if facts.device == "cuda" and self.forced is None and chosen.name == "eager":
+            others = (i.constraints for i in self.implementations if i.constraints.mismatch(facts) is None)
+            reason = next(filter(None, (constraints.lack(facts) for constraints in others)), None)
+            if reason is not None and not _noted:
+                _noted.append(reason)
+                warn(f"{self.name} runs in plain PyTorch, slowly: our kernel {reason}", Note, stacklevel=2)
+        if chosen.fits is None:
+            return chosen.function
+        return self._first_that_fits(chosen, *(() if choice.forced else choice.passed_over))
+
+    def _first_that_fits(self, *implementations: Implementation) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for implementation in implementations:
+                reason = None if implementation.fits is None else implementation.fits(*args, **kwargs)
+                if reason is None:
+                    return implementation.function(*args, **kwargs)
+            raise MachineError(f"operation {self.name} cannot use '{implementation.name}' for this call ({reason})")
+
+        return run
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self._run(*args, **kwargs)
-        if len(self.implementations) == 1 and self.forced is None:
+        forced = self.forced
+        if len(self.implementations) == 1 and forced is None:
             return self.eager(*args, **kwargs)
         x = args[0]
-        known = (x.device, x.dtype, x.shape[-1], self.forced)
+        known = (x.device, x.dtype, x.shape[-1], forced)
         if known not in self._chosen:
-            self._chosen[known] = self.select(Facts.of(x, x.shape[-1]), self.forced).implementation.function
+            self._chosen[known] = self._choose(Facts.of(x, x.shape[-1]))
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):  # kernels go to the current device, wherever their arguments lie
+                return self._chosen[known](*args, **kwargs)
         return self._chosen[known](*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,6 +272,7 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+_noted: list[str] = []  # why our kernels do not run on this machine's GPU: said once, of all operations together
 
 
 def forward_mode() -> bool:
@@ -225,7 +295,10 @@ def differentiated(args: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def force(**names: str) -> Iterator[None]:
-    """Run with the named implementations, e.g. `force(layer_norm="eager")`; raises where one cannot run."""
+    """Run with the named implementations, e.g. `force(layer_norm="eager")`; raises where one cannot run.
+
+    In the whole process, other threads included: what belongs to a thread alone `torch.compile` cannot read.
+    """
     before = {name: OPERATIONS[name].forced for name in names}
     try:
         for name, implementation in names.items():

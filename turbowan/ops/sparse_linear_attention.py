@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RequestError
-from .attention import dot_product_attention
+from .attention import check_heads, dot_product_attention
 from .block_map import block_map, kept_blocks, selected_from_means
 from .registry import Constraints, Implementation, Operation, differentiated
-from .triton import offer
+from .triton import TRITON, offer
 
 PRECISIONS = ("bf16", "int8")
 _GATHER_ELEMENTS = 1 << 27  # bounds the scratch memory of the exact branch: never an L x L mask
@@ -182,7 +182,8 @@ def sparse_linear_attention(
         [B, L, H, D] in q's dtype.
 
     Raises:
-        RequestError: topk_ratio is not in (0, 1], the precision is unknown, or a gradient is wanted through "int8".
+        RequestError: topk_ratio is not in (0, 1], the precision is unknown, a gradient is wanted through "int8", or
+            shapes, those of the means among them, that do not go together.
     """
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
@@ -190,8 +191,48 @@ def sparse_linear_attention(
         raise RequestError(f"sla_topk must be in (0, 1], got {topk_ratio}")
     if precision == "int8" and differentiated((q, k, v)):
         raise RequestError("SageSLA rounds to 8 bits and has no gradient; train with 'sla' (precision 'bf16')")
+    check_heads(q, k, v)
+    size = q.shape[3]
+    projected = proj_weight.shape == (size, size) and proj_bias.shape == (size,)
+    if q.shape != k.shape or not projected or min(block_q, block_k) < 1:
+        raise RequestError(
+            f"q, k and v must be as long as each other, the projection [{size}, {size}] and [{size}], blocks positive;"
+            f" got {q.shape[1]} and {k.shape[1]} tokens, {list(proj_weight.shape)}, {list(proj_bias.shape)} and"
+            f" {block_q} x {block_k}"
+        )
     q_means, k_means = (None, None) if means is None else means
+    for name, given, block in (("q", q_means, block_q), ("k", k_means, block_k)):
+        if given is not None and given.shape != (wanted := (q.shape[0], q.shape[2], -(-q.shape[1] // block), size)):
+            raise RequestError(f"means of {name}'s blocks of {block} must be {list(wanted)}, got {list(given.shape)}")
     return _operation(q, k, v, proj_weight, proj_bias, topk_ratio, block_q, block_k, precision, q_means, k_means)
+
+
+_KERNEL_BLOCKS = (64, 128)  # tokens
+_E4M3_FROM = (8, 9)  # compute capability
+
+
+def _fits_kernels(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk_ratio: float,
+    block_q: int, block_k: int, precision: str, *means: Tensor | None,
+) -> str | None:  # fmt: skip
+    if block_q not in _KERNEL_BLOCKS or block_k not in _KERNEL_BLOCKS:
+        return f"needs blocks of {'/'.join(map(str, _KERNEL_BLOCKS))} tokens, got {block_q} and {block_k}"
+    if precision == "int8" and q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < _E4M3_FROM:
+            return f"8 bits need compute capability {_E4M3_FROM}, got {capability}"
+    return None
+
+
+def _fits_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk_ratio: float,
+    block_q: int, block_k: int, precision: str, *means: Tensor | None,
+) -> str | None:  # fmt: skip
+    from .cudnn_attention import BLOCK, problem
+
+    if precision != "bf16" or block_k != BLOCK or block_q not in _KERNEL_BLOCKS:
+        return f"is for key blocks of {BLOCK} and precision bf16, got {block_q} x {block_k} and {precision}"
+    return problem(q.device, q.dtype, q.shape[-1])
 
 
 def _by_cudnn(*args: Any) -> Tensor:
@@ -200,11 +241,13 @@ def _by_cudnn(*args: Any) -> Tensor:
     return sparse_linear_attention(*args)
 
 
-offer(_operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128))
-_HALVES = (torch.bfloat16, torch.float16)
-_operation.add(  # on Hopper our own kernel is the faster one
-    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (9, 0), (9, 0), "cudnn"), -1)
-)
-_operation.add(
-    Implementation("cudnn", _by_cudnn, Constraints(("cuda",), _HALVES, (64, 128), (10, 0), None, "cudnn"), 2)
-)
+offer(
+    _operation, "sparse_linear_attention", "sparse_linear_attention", head_sizes=(64, 128), fits=_fits_kernels,
+    limits="blocks of 64 and 128, in 8 bits from compute capability 8.9 on",
+)  # fmt: skip
+for _from, _to, _priority in (((9, 0), (9, 0), -1), ((10, 0), None, 2)):  # on Hopper our own kernel is the faster one
+    _where = Constraints(
+        ("cuda",), (torch.bfloat16, torch.float16), (64, 128), _from, _to, packages=("cudnn", TRITON)
+    )
+    _limits = "key blocks of 64 in bf16, once it has passed its self-test"
+    _operation.add(Implementation("cudnn", _by_cudnn, _where, _priority, _fits_cudnn, _limits))

@@ -37,7 +37,12 @@ class Config:
     block_warps: int = 8
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=16)}
+CONFIGS = {
+    (8, 0): Config(),  # not measured
+    (9, 0): Config(block_warps=16),
+    (10, 0): Config(block_warps=16),  # not measured
+    (12, 0): Config(),  # not measured
+}
 
 
 def candidates() -> list[Config]:

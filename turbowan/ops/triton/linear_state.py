@@ -40,6 +40,7 @@ class Config:
 CONFIGS = {
     (8, 0): Config(216, 32, descriptors=False),  # not measured
     (9, 0): Config(264),
+    (10, 0): Config(296),  # not measured
     (12, 0): Config(188, 32),  # 99 kB a program; not measured
 }
 

@@ -29,10 +29,7 @@ class Config:
     """How a product is cut. K advances by `block_k`; scale blocks need 128.
 
     group: rows of tiles that are walked together, so that operands stay in the L2 cache. descriptors: operands by
-    tensor descriptor. store: "pointers", or "descriptor" for the result too. per_sm: programs per multiprocessor, each
-    walking over many tiles; 0 = a program per tile. flatten: one loop over tiles and K, so that the next tile's
-    operands arrive during the epilogue. split: the epilogue in two halves, for half the scratch memory. carry (scale
-    blocks only): a partial product is scaled while the next one is computed.
+    tensor descriptor. per_sm: programs per multiprocessor, each walking over many tiles; 0 = a program per tile.
     """
 
     block_m: int
@@ -42,11 +39,7 @@ class Config:
     num_stages: int = 3
     group: int = 8
     descriptors: bool = True
-    store: str = "pointers"
     per_sm: int = 1
-    flatten: bool = False
-    split: bool = False
-    carry: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,23 +73,18 @@ def candidates(kind: str) -> list[Config | HopperConfig]:
     if kind == "row":
         return [
             *hopper,
-            Config(128, 256, num_stages=4, flatten=True, split=True, store="descriptor"),
             Config(256, 128),
             Config(128, 256, 256, num_stages=2),
             Config(128, 128, num_warps=4, per_sm=2),
-            Config(256, 128, num_stages=4, flatten=True, split=True, store="descriptor"),
-            Config(128, 256, flatten=True, store="descriptor"),
             Config(256, 128, num_stages=4, group=16),
             Config(256, 128, descriptors=False),
         ]
     return [
         *hopper,
-        Config(128, 128, num_stages=4, carry=True),
-        Config(128, 128, num_stages=5, carry=True, flatten=True, store="descriptor"),
-        Config(128, 128, num_stages=5, carry=True, group=16),
         Config(128, 128, num_stages=4),
+        Config(128, 128, num_stages=5, group=16),
         Config(128, 64, num_warps=4, per_sm=3),
-        Config(128, 128, descriptors=False, carry=True),
+        Config(128, 128, descriptors=False),
     ]
 
 
@@ -136,41 +124,29 @@ def gelu_tanh(x):
 
 @triton.jit
 def _write(
-    part, bias, out, row, column, M, N,
-    BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
+    part, bias, out, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr
+):
     """float32 [BM, BN] -> bias, one rounding, activation -> its place in the result."""
     if BIAS:
         part += _scales(bias, column, N, BN).to(tl.float32)[None, :]
-    if DESCRIPTOR:
-        DTYPE: tl.constexpr = out.dtype
-    else:
-        DTYPE: tl.constexpr = out.dtype.element_ty  # type: ignore[no-redef]
+    DTYPE: tl.constexpr = out.dtype.element_ty
     part = part.to(DTYPE)
     if GELU:
         part = gelu_tanh(part.to(tl.float32)).to(DTYPE)
-    if DESCRIPTOR:
-        out.store([row, column], part)
-    else:
-        rows = row + tl.arange(0, BM)[:, None]
-        columns = column + tl.arange(0, BN)[None, :]
-        tl.store(out + rows.to(tl.int64) * N + columns, part, mask=(rows < M) & (columns < N))
-
-
-@triton.jit
-def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+    rows = row + tl.arange(0, BM)[:, None]
+    columns = column + tl.arange(0, BN)[None, :]
+    tl.store(out + rows.to(tl.int64) * N + columns, part, mask=(rows < M) & (columns < N))
 
 
 @triton.jit
 def _row_kernel(
     a, b, a_scale, b_scale, bias, out, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    STORE: tl.constexpr, FLATTEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """out = (a b^T) * a_scale * b_scale + bias, with an integer sum over all of K."""
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         row, column = _corner(tile, M, N, BM, BN, GROUP)
         total = tl.zeros((BM, BN), tl.int32)
         for k in range(0, K, BK):
@@ -178,49 +154,31 @@ def _row_kernel(
             right = _codes(b, column, k, N, K, BN, BK, DESCRIPTORS)
             total = tl.dot(left, right.T, total, out_dtype=tl.int32)
         rows = _scales(a_scale, row, M, BM)[:, None]
-        if SPLIT:
-            HALF: tl.constexpr = BN // 2
-            first, second = _halves(total, BM, BN)
-            first = first.to(tl.float32) * rows * _scales(b_scale, column, N, HALF)[None, :]
-            _write(first, bias, out, row, column, M, N, BM, HALF, BIAS, GELU, STORE)
-            second = second.to(tl.float32) * rows * _scales(b_scale, column + HALF, N, HALF)[None, :]
-            _write(second, bias, out, row, column + HALF, M, N, BM, HALF, BIAS, GELU, STORE)
-        else:
-            scaled = total.to(tl.float32) * rows * _scales(b_scale, column, N, BN)[None, :]
-            _write(scaled, bias, out, row, column, M, N, BM, BN, BIAS, GELU, STORE)
+        scaled = total.to(tl.float32) * rows * _scales(b_scale, column, N, BN)[None, :]
+        _write(scaled, bias, out, row, column, M, N, BM, BN, BIAS, GELU)
 
 
 @triton.jit
 def _block_kernel(
     a, b, a_scale, b_scale, bias, out, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    STORE: tl.constexpr, FLATTEN: tl.constexpr, CARRY: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    BIAS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """out = sum over k of (a_k b_k^T) * a_scale * b_scale + bias; a tile lies inside one block of scales each way."""
     tl.static_assert(BK == 128 and BM <= 128 and BN <= 128)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         row, column = _corner(tile, M, N, BM, BN, GROUP)
         left_scale = a_scale + row // BK * steps
         right_scale = b_scale + column // BK * steps
         total = tl.zeros((BM, BN), tl.float32)
-        waiting = tl.zeros((BM, BN), tl.int32)
-        waiting_scale = 0.0
         for k in range(steps):
             scale = tl.load(left_scale + k) * tl.load(right_scale + k)
             left = _codes(a, row, k * BK, M, K, BM, BK, DESCRIPTORS)
             right = _codes(b, column, k * BK, N, K, BN, BK, DESCRIPTORS)
-            product = tl.dot(left, right.T, out_dtype=tl.int32)
-            if CARRY:  # the product above is in flight while the one before it is scaled
-                total += waiting.to(tl.float32) * waiting_scale
-                waiting = product
-                waiting_scale = scale
-            else:
-                total += product.to(tl.float32) * scale
-        if CARRY:
-            total += waiting.to(tl.float32) * waiting_scale
-        _write(total, bias, out, row, column, M, N, BM, BN, BIAS, GELU, STORE)
+            total += tl.dot(left, right.T, out_dtype=tl.int32).to(tl.float32) * scale
+        _write(total, bias, out, row, column, M, N, BM, BN, BIAS, GELU)
 
 
 def product_int8_rowwise(
@@ -297,19 +255,16 @@ def _launch(
 ) -> None:
     (m, k), n = codes.shape, weight.shape[0]
     describe = config.descriptors and _describable(codes) and _describable(weight)
-    describe_out = describe and config.store == "descriptor" and _describable(out)
-    left, right, to = codes, weight, out
+    left, right = codes, weight
     if describe:
         left = TensorDescriptor.from_tensor(codes, [config.block_m, config.block_k])
         right = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-    if describe_out:
-        to = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // (2 if config.split else 1)])
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     programs = min(tiles, config.per_sm * _multiprocessors(codes)) or tiles
-    kernel, switch = (_row_kernel, config.split) if kind == "row" else (_block_kernel, config.carry)
+    kernel = _row_kernel if kind == "row" else _block_kernel
     kernel[(programs,)](
-        left, right, scale, weight_scale, bias, to, m, n, k,
-        config.block_m, config.block_n, config.block_k, config.group, describe, describe_out, config.flatten, switch,
+        left, right, scale, weight_scale, bias, out, m, n, k,
+        config.block_m, config.block_n, config.block_k, config.group, describe,
         bias is not None, gelu, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -45,7 +45,12 @@ class Config:
     per_thread: int = PER_THREAD
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config(128, stages=2)}
+CONFIGS = {
+    (8, 0): Config(),  # not measured
+    (9, 0): Config(128, stages=2),
+    (10, 0): Config(128, stages=2),  # not measured
+    (12, 0): Config(),  # not measured
+}
 
 
 def candidates() -> list[Config]:

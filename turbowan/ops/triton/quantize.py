@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..int8_blockwise import BLOCK
 from .rounding import CODES, block_codes, block_scale, chunk_of, load_row, slab_of, store_row, warps_for
 
-BLOCK = 128
 BLOCK_WARPS = 8
 
 

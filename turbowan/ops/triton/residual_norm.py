@@ -47,7 +47,12 @@ class Config:
     block_registers: int = 64
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config(block_warps=8, block_registers=80)}
+CONFIGS = {
+    (8, 0): Config(),  # not measured
+    (9, 0): Config(block_warps=8, block_registers=80),
+    (10, 0): Config(block_warps=8, block_registers=80),  # not measured
+    (12, 0): Config(),  # not measured
+}
 
 
 def candidates() -> list[Config]:

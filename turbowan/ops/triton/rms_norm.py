@@ -19,7 +19,12 @@ class Config:
     warps: int = 0
 
 
-CONFIGS = {(8, 0): Config(), (9, 0): Config()}
+CONFIGS = {
+    (8, 0): Config(),  # not measured
+    (9, 0): Config(),
+    (10, 0): Config(),  # not measured
+    (12, 0): Config(),  # not measured
+}
 
 
 def candidates() -> list[Config]:

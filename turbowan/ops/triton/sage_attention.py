@@ -104,6 +104,8 @@ class Config:
 CONFIGS = {
     (8, 9): dict.fromkeys((64, 128), Config(64, 2)),  # not measured
     (9, 0): {64: Config(64, 3, True, 168), 128: Config(64, 3, True)},
+    (10, 0): dict.fromkeys((64, 128), Config(64, 3, True)),  # not measured
+    (12, 0): dict.fromkeys((64, 128), Config(64, 2, True)),  # 99 KiB a multiprocessor; not measured
 }
 
 

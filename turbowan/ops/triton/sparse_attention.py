@@ -130,9 +130,7 @@ def sparse_attention(
     Returns:
         [B, L, H, D] in q's dtype, contiguous.
     """
-    if config is None:
-        by_hand = HAS_GLUON and block_q == 128 and can_describe(q, k, v)
-        config = next(known for known in config_for(CONFIGS, q.device) if by_hand or isinstance(known, Config))
+    config = config or _choose(q, k, v, block_q)
     if isinstance(config, HopperConfig):
         from .hopper_attention import attention
 
@@ -169,3 +167,8 @@ def sparse_attention(
             num_stages=config.stages,
         )
     return out
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, block_q: int) -> Config | HopperConfig:
+    by_hand = HAS_GLUON and block_q == 128 and can_describe(q, k, v)
+    return next(known for known in config_for(CONFIGS, q.device) if by_hand or isinstance(known, Config))
