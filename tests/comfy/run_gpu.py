@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import run_examples
 import run_real
-from real_files import write_picture
+from real_files import write_experts, write_picture, write_sparse_umt5, write_whole_vae
 from real_inputs import EMBEDDED, SEEDS, expanded, fresh_seed, start_picture
 from real_reference import apart, calls, in_floats, probed, random_lora, velocity_of_ours
 from real_seen import psnr
@@ -42,6 +43,7 @@ WIDE = "wide-quant.pth"
 GIB = 2**30
 CARDS = (8, 12, 16, 24)  # GiB
 MODES = ("comfy_native", "layerwise_gpu", "cpu_only")
+PROMPTS: Path | None = None
 case = Cases()
 
 
@@ -265,6 +267,30 @@ def smaller_cards(server: Server) -> str:
 
 
 @case
+def published_graphs_at_their_own_size(server: Server) -> str:
+    """Graphs of --prompts, in the API's form, with small transformers, and text encoder and VAE of true size."""
+    paths = sorted(PROMPTS.glob("*.json")) if PROMPTS else []
+    if not paths:
+        return "left out: no --prompts"
+    write_experts(server.models("diffusion_models"), 4096)
+    write_whole_vae(server.models("vae"))
+    write_sparse_umt5(server.models("text_encoders"))
+    lines = []
+    for path in paths:
+        graph = json.loads(path.read_text())
+        (size,) = (each["inputs"] for each in graph.values() if {"num_frames", "length"} & set(each["inputs"]))
+        frames = "num_frames" if "num_frames" in size else "length"
+        if server.device == "cpu":
+            size |= {frames: 5, "width": 64, "height": 64, **({"resolution": "custom"} if "resolution" in size else {})}
+        seconds, outputs = server.timed(graph)
+        count = next(len(each["images"]) for each in outputs.values() if "animated" not in each)
+        assert count == size[frames], f"{path.stem}: {count} pictures, {size[frames]} expected"
+        lines.append(f"{path.stem} {seconds:.1f} s for {count} frames")
+        print(f"    {lines[-1]}", flush=True)
+    return f"{len(lines)} graphs"
+
+
+@case
 def comfyui_reports_no_leak(server: Server) -> str:
     return run_real.comfyui_reports_no_leak(server)
 
@@ -273,11 +299,14 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options.add_argument("--layers", type=int, default=8, help="of the model of true width (Wan 14B has 40)")
+    options.add_argument("--prompts", type=Path, help="a folder of published graphs in the API's form")
     options.add_argument("--seed", type=int, help="repeat the seeds of an earlier run")
     args = options.parse_args()
     if args.folder is None or (args.device == "cuda" and not torch.cuda.is_available()):
         print(f"SKIPPED: {'no ComfyUI given; name its folder' if args.folder is None else 'no CUDA here'}")
         return 0
+    global PROMPTS
+    PROMPTS = args.prompts
     seed = args.seed if args.seed is not None else SEEDS.seed()
     SEEDS.manual_seed(seed)
     print(f"seed {seed}")
