@@ -43,7 +43,7 @@ WIDE = "wide-quant.pth"
 GIB = 2**30
 CARDS = (8, 12, 16, 24)  # GiB
 MODES = ("comfy_native", "layerwise_gpu", "cpu_only")
-PROMPTS: Path | None = None
+PROMPTS: list[Path] = []  # published graphs, from the command line
 case = Cases()
 
 
@@ -269,14 +269,13 @@ def smaller_cards(server: Server) -> str:
 @case
 def published_graphs_at_their_own_size(server: Server) -> str:
     """Graphs of --prompts, in the API's form, with small transformers, and text encoder and VAE of true size."""
-    paths = sorted(PROMPTS.glob("*.json")) if PROMPTS else []
-    if not paths:
+    if not PROMPTS:
         return "left out: no --prompts"
     write_experts(server.models("diffusion_models"), 4096)
     write_whole_vae(server.models("vae"))
     write_sparse_umt5(server.models("text_encoders"))
     lines = []
-    for path in paths:
+    for path in PROMPTS:
         graph = json.loads(path.read_text())
         (size,) = (each["inputs"] for each in graph.values() if {"num_frames", "length"} & set(each["inputs"]))
         frames = "num_frames" if "num_frames" in size else "length"
@@ -305,8 +304,8 @@ def main() -> int:
     if args.folder is None or (args.device == "cuda" and not torch.cuda.is_available()):
         print(f"SKIPPED: {'no ComfyUI given; name its folder' if args.folder is None else 'no CUDA here'}")
         return 0
-    global PROMPTS
-    PROMPTS = args.prompts
+    if args.prompts is not None:
+        PROMPTS.extend(sorted(args.prompts.glob("*.json")))
     seed = args.seed if args.seed is not None else SEEDS.seed()
     SEEDS.manual_seed(seed)
     print(f"seed {seed}")
