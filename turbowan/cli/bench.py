@@ -18,8 +18,12 @@ _NOT_SHOWN = {
     "bench", "gpu", "torch", "commit", "shape", "size", "precision", "attention", "bound_ms", "weights_gib",
     "preset", "text_encoder", "layers", "tokenizer", "cap", "num_steps", "linears", "gpu_source",
     "file_mb", "runs", "marks_s", "host_own_gib", "host_pinned_gib", "read_s", "memory", "gpu_budget",
+    "budget", "planned_gb", "host_growth",
 }  # fmt: skip
-_HEADINGS = {"ms p50": "ms", "share_of_bound": "of bound", "tflops": "TFLOP/s", "gbytes_per_s": "GB/s"}
+_HEADINGS = {
+    "ms p50": "ms", "share_of_bound": "of bound", "tflops": "TFLOP/s", "gbytes_per_s": "GB/s",
+    "start_to_file_s": "from start", "peak_gib gpu": "GPU GiB", "peak_gib gpu_by_pytorch": "PyTorch's", "peak_gib host": "host GiB",
+}  # fmt: skip
 
 
 @app.command()
@@ -210,6 +214,9 @@ def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             continue
         if not isinstance(value, dict):
             yield name, value
+            continue
+        if name == "seconds":  # by stage
+            yield from ((part, number) for part, number in value.items())
             continue
         parts = {"p50": value["p50"]} if "p50" in value else value
         yield from ((f"{name} {part}", number) for part, number in parts.items() if not isinstance(number, dict))
