@@ -22,7 +22,8 @@ _NOT_SHOWN = {
 }  # fmt: skip
 _HEADINGS = {
     "ms p50": "ms", "share_of_bound": "of bound", "tflops": "TFLOP/s", "gbytes_per_s": "GB/s",
-    "start_to_file_s": "from start", "peak_gib gpu": "GPU GiB", "peak_gib gpu_by_pytorch": "PyTorch's", "peak_gib host": "host GiB",
+    "start_to_file_s": "from start", "peak_gib gpu": "GPU GiB",
+    "peak_gib gpu_by_pytorch": "PyTorch's", "peak_gib host": "host GiB",
 }  # fmt: skip
 
 
