@@ -105,8 +105,10 @@ class Lender:
         if i == 0:
             if device.type != "cuda":
                 self._stream = None
-            elif self._stream is None or self._stream.device != device:
-                self._stream = torch.cuda.Stream(device)
+            else:
+                if self._stream is None or self._stream.device != device:
+                    self._stream = torch.cuda.Stream(device)
+                self._stream.wait_stream(torch.cuda.current_stream(device))  # for weights that are just being loaded
             self._prepare(1)
 
     def _prepare(self, i: int) -> None:
