@@ -190,6 +190,10 @@ class Server:
         assert path.exists(), path
         return path
 
+    def leaks(self) -> list[str]:
+        """What the log says of models that outlive their last patcher."""
+        return [line for line in self.log.read_text().splitlines() if "leak" in line]
+
     def memory(self) -> int:
         """Bytes resident."""
         return self._status("VmRSS")

@@ -69,6 +69,13 @@ def low_memory(server: Server) -> str:
     return camera(server, "low_memory", "pan left")
 
 
+@cases
+def comfyui_reports_no_leak(server: Server) -> str:
+    """Of all that ran before."""
+    assert not server.leaks(), server.leaks()
+    return "no line of the log"
+
+
 def main() -> int:
     args = parser(__doc__).parse_args()
     if args.folder is None:

@@ -289,9 +289,7 @@ def published_graphs_at_their_own_size(server: Server) -> str:
     return f"{len(lines)} graphs"
 
 
-@case
-def comfyui_reports_no_leak(server: Server) -> str:
-    return run_real.comfyui_reports_no_leak(server)
+case(run_real.comfyui_reports_no_leak)
 
 
 def main() -> int:

@@ -202,6 +202,13 @@ def published_graphs_run(page: Any, folder: Path) -> str:
     return f"{len(lines)} graphs"
 
 
+@cases
+def comfyui_reports_no_leak(page: Any, folder: Path) -> str:
+    """Of all that ran before."""
+    assert not page.server.leaks(), page.server.leaks()
+    return "no line of the log"
+
+
 def put(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     target.symlink_to(source)
