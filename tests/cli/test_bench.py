@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbowan.checkpoints.manifest import FILE_NAME
 from turbowan.errors import RequestError
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
@@ -75,10 +74,9 @@ def recorded(request, monkeypatch, tmp_path):
     records = [json.loads(line) for line in lines]
     name = "operation" if what == "op" else what
     monkeypatch.setattr(f"turbowan.bench.{what}.run_{name}", lambda *_: iter(records))
-    if what == "pipeline":  # the weights are there
-        (tmp_path / "1.3B").mkdir()
-        (tmp_path / "1.3B" / FILE_NAME).touch()
-        argument = ["--scratch", tmp_path, "--device", "cpu"]
+    if what == "pipeline":
+        monkeypatch.setattr("turbowan.bench.presets.write_model", lambda *_: (None, tmp_path))
+        argument = ["--device", "cpu"]
     return [what, *argument], records
 
 

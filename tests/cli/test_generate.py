@@ -150,7 +150,8 @@ def test_a_disk_without_room_is_one_line_exit_code_2_and_no_file(suffix, tmp_pat
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"turbowan: cannot write {tmp_path / 'v-0'}{suffix}: File too large\n"
+    either = [f"turbowan: cannot write {tmp_path / name}{suffix}: File too large\n" for name in ("v-0", "v-1")]
+    assert done.stderr in either  # both are written at once
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from real_files import write_picture
 from real_page import Page
-from real_reference import read_frames
+from real_seen import read_frames
 
 EXAMPLES = REPOSITORY / "example_workflows"
 PICTURES = REPOSITORY / "docs" / "images"

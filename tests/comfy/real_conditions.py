@@ -6,7 +6,8 @@ import torch
 from real_cases import Cases
 from real_graphs import changed, image_to_video, node, recorded
 from real_inputs import EMBEDDED, fresh_seed, start_picture
-from real_reference import GOLDEN, apart, calls, golden_file, kept, probed, refusal, shown, velocity_of_ours
+from real_reference import GOLDEN, apart, calls, golden_file, kept, probed, refusal, velocity_of_ours
+from real_seen import shown
 from real_server import Server
 from safetensors.torch import load_file, save_file
 

@@ -19,10 +19,10 @@ from real_reference import (
     plain_vae,
     plain_wan,
     probed,
-    shown,
     step_of_ours,
     velocity_of_ours,
 )
+from real_seen import shown
 from real_server import Server
 from safetensors.torch import load_file, save_file
 

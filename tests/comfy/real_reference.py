@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import av
-import numpy as np
 import torch
+import torch.nn.functional as F
 from real_graphs import RECORDED_SHAPE, Graph, changed, node
 from real_server import HERE, REPOSITORY, Failed, Refused, Server
 from safetensors.torch import load_file
 from torch import Tensor
 
 from turbowan.checkpoints import load_transformer
+from turbowan.models.linear import EightBitLinear
 from turbowan.models.pack import full_weight, is_linear, round_linears
-from turbowan.models.transformer import PATCH, TransformerConfig, WanTransformer
+from turbowan.models.transformer import PATCH, AttentionConfig, TransformerConfig, WanTransformer
 from turbowan.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from turbowan.sampling import noise, rcm
-from turbowan.world.analyse import analyse_shapes
-from turbowan.world.scenes import COLOURS, MOTIONS, SHAPES
 
 GOLDEN = HERE.parent / "golden"
+DENSE = AttentionConfig()
 
 
 def golden_file(name: str) -> Path:
@@ -84,21 +85,6 @@ def ours(net: WanTransformer, seed: int, sampler: str, steps: int = 4) -> Tensor
         return rcm.sample(velocity, [draws[0], *draws], rcm.timesteps(steps, 80.0), ode=sampler == "euler")
 
 
-def shown(outputs: dict, server: Server, key: str = "save") -> np.ndarray:
-    return read_frames(server.file(outputs[key]["images"][0]))
-
-
-def shape_seen(frames: np.ndarray) -> dict[str, str]:
-    """What `turbowan evaluate` sees in a clip of one shape, uint8 [T, H, W, 3]; nothing where it sees no shape."""
-    found = analyse_shapes(torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1)
-    if not bool(found.visible):
-        return {}
-    return {
-        "colour": tuple(COLOURS)[int(found.colour)], "shape": SHAPES[int(found.shape)],
-        "motion": MOTIONS[int(found.motion)], "background": tuple(COLOURS)[int(found.background)],
-    }  # fmt: skip
-
-
 def refusal(server: Server, graph: Graph) -> str:
     """What the server says to a graph; nothing where it ran."""
     try:
@@ -108,26 +94,45 @@ def refusal(server: Server, graph: Graph) -> str:
     return ""
 
 
-def read_frames(path: Path) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def in_floats(path: Path, changes: dict[str, Tensor]) -> WanTransformer:
-    """A transformer with linear layers in float32, the changes added, and dense attention."""
-    net = load_transformer(path, attention="original")
-    round_linears(net, "bf16")
+class Change(NamedTuple):
+    """What a LoRA of strength 1 adds to a layer's weight: up [N, R] times down [R, K]."""
+
+    down: Tensor
+    up: Tensor
+
+
+def beside(path: Path, changes: dict[str, Change], attention: AttentionConfig) -> WanTransformer:
+    """A transformer whose layers stay in 8 bits, the changes beside them in floats."""
+    net = load_transformer(path)
+    net.attention = attention
     for name, change in changes.items():
-        net.get_submodule(name).weight.data += change
+        layer = net.get_submodule(name)
+        assert isinstance(layer, EightBitLinear), name
+        layer.addition = partial(_product, change)
     return net
 
 
-def random_lora(net: WanTransformer, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _product(change: Change, x: Tensor) -> Tensor:
+    return F.linear(F.linear(x, change.down), change.up)
+
+
+def in_floats(
+    path: Path, changes: dict[str, Change], strength: float = 1.0, attention: AttentionConfig = DENSE
+) -> WanTransformer:
+    """A transformer with linear layers in float32, the changes merged into them."""
+    net = load_transformer(path)
+    net.attention = attention
+    round_linears(net, "bf16")
+    for name, (down, up) in changes.items():
+        net.get_submodule(name).weight.data += strength * up @ down
+    return net
+
+
+def random_lora(net: WanTransformer, seed: int, rank: int = 8) -> tuple[dict[str, Tensor], dict[str, Change]]:
     """A LoRA of every block's linear layers, in two trainers' names, and the changes it makes."""
     generator = torch.Generator().manual_seed(seed)
     adapter, changes = {}, {}
@@ -135,16 +140,16 @@ def random_lora(net: WanTransformer, seed: int) -> tuple[dict[str, Tensor], dict
         if not name.startswith("blocks.") or not is_linear(layer) or name.endswith("proj_l"):
             continue
         rows, columns = full_weight(layer).shape
-        down = torch.randn(8, columns, generator=generator) / columns**0.5
-        up = torch.randn(rows, 8, generator=generator) * 0.05
+        down = torch.randn(rank, columns, generator=generator) / columns**0.5
+        up = torch.randn(rows, rank, generator=generator) * 0.05
         if name.startswith("blocks.0."):
             adapter |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
-            changes[name] = up @ down
+            changes[name] = Change(down, up)
         else:
             flat = f"lora_unet_{name.replace('.', '_')}"
             adapter |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-            adapter[f"{flat}.alpha"] = torch.tensor(4.0)
-            changes[name] = up @ down * 4 / 8
+            adapter[f"{flat}.alpha"] = torch.tensor(rank / 2)
+            changes[name] = Change(down, up / 2)
     return adapter, changes
 
 

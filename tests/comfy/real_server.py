@@ -13,12 +13,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
-FLAGS = ("--cpu", "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb")
+FLAGS = ("--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--preview-method", "latent2rgb")
 
 
 class Refused(Exception):
@@ -39,16 +40,40 @@ def python_of(comfy: Path) -> Path:
     return beside if beside.exists() else Path(sys.executable)
 
 
+def link_in_order(folder: Path, packs: Sequence[Path]) -> None:
+    """Links to packs under names that the system lists in their order, which is the one ComfyUI imports them in."""
+    for attempt in range(1000):
+        links = [folder / f"{pack.name}-{attempt}" for pack in packs]
+        for link, pack in zip(links, packs, strict=True):
+            link.symlink_to(pack)
+        listed = os.listdir(folder)
+        if sorted(links, key=lambda link: listed.index(link.name)) == links:
+            return
+        for link in links:
+            link.unlink()
+    raise RuntimeError(f"no names found that {folder} lists in order")
+
+
 class Server:
     """Starts ComfyUI with this repository as a custom node, and stops it at the end of the `with`.
 
     Args:
         comfy: ComfyUI's folder. python: the interpreter that has its packages. flags: further ones.
-        installed: by `turbowan comfy install`, not as a clone.
+        installed: by `turbowan comfy install`, not as a clone. device: "cpu" or "cuda".
+        packs: folders of custom nodes in the order in which ComfyUI is to import them; this repository by default.
     """
 
-    def __init__(self, comfy: Path, python: Path, flags: tuple[str, ...] = (), installed: bool = False) -> None:
-        self.comfy, self.python, self.flags, self.installed = comfy, python, flags, installed
+    def __init__(
+        self,
+        comfy: Path,
+        python: Path,
+        flags: Sequence[str] = (),
+        installed: bool = False,
+        device: str = "cpu",
+        packs: Sequence[Path] = (REPOSITORY,),
+    ) -> None:
+        self.comfy, self.python, self.installed = comfy.resolve(), python, installed
+        self.device, self.flags, self.packs = device, tuple(flags), packs
         self.base = Path(tempfile.mkdtemp(prefix="turbowan-comfy-"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -65,11 +90,11 @@ class Server:
             install = [self.python, "-m", "turbowan", "comfy", "install", self.base]
             subprocess.run(list(map(str, install)), env=environment, check=True, stdout=subprocess.DEVNULL)
         else:
-            (nodes / "turbowan-clone").symlink_to(REPOSITORY)
+            link_in_order(nodes, self.packs)
         shutil.copy(HERE / "probe_nodes.py", nodes / "probe_nodes.py")
         self.log = self.base / "server.log"
         command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        command += ["--base-directory", self.base, *FLAGS, *self.flags]
+        command += ["--base-directory", self.base, *FLAGS, *(("--cpu",) if self.device == "cpu" else ()), *self.flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=self.comfy, stdout=log, stderr=log, env=environment

@@ -8,57 +8,42 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
-import torch
 from real_cases import Cases, parser
 from real_server import REPOSITORY, Server, python_of
 
 sys.path.insert(0, str(REPOSITORY))
 
 from real_files import write_picture
-from real_reference import read_frames
-
-from turbowan.world.analyse import analyse_camera, analyse_shapes
-from turbowan.world.scenes import CAMERAS, COLOURS, MOTIONS, SHAPES, TEXTURES
+from real_seen import camera_seen, read_frames, shape_seen
 
 EXAMPLES = REPOSITORY / "example_workflows" / "api"
 SECONDS = 90
 cases = Cases()
 
 
-def judged(path: Path) -> tuple[torch.Tensor, np.ndarray]:
-    """A video as the judges take it, [1, 3, T, H, W] in -1..1, and as it is."""
-    frames = read_frames(path)
-    assert frames.shape == (33, 160, 256, 3), frames.shape
-    return torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1, frames
-
-
-def run(server: Server, name: str) -> tuple[Path, str]:
+def run(server: Server, name: str) -> tuple[np.ndarray, str]:
+    """The frames that an example saves, and what it took."""
     graph = json.loads((EXAMPLES / f"{name}.json").read_text())
     seconds, outputs = server.timed(graph)
     assert seconds <= SECONDS, f"{name} took {seconds:.0f} s, {SECONDS} at most"
     (saved,) = (each["videos"][0] for each in outputs.values() if "videos" in each)
-    return server.file(saved), f"{seconds:.1f} s, host memory at most {server.peak_memory() / 2**30:.2f} GiB so far"
+    frames = read_frames(server.file(saved))
+    assert frames.shape == (33, 160, 256, 3), frames.shape
+    return frames, f"{seconds:.1f} s, host memory at most {server.peak_memory() / 2**30:.2f} GiB so far"
 
 
 def shape(server: Server, name: str, *wanted: str) -> str:
-    video, took = run(server, name)
-    found = analyse_shapes(judged(video)[0])
-    assert bool(found.visible), f"{name}: no shape"
-    seen = (
-        tuple(COLOURS)[int(found.colour)], SHAPES[int(found.shape)], MOTIONS[int(found.motion)],
-        tuple(COLOURS)[int(found.background)], TEXTURES[int(found.texture)],
-    )  # fmt: skip
-    assert seen == wanted, f"{name} shows {seen}, not {wanted}"
-    return f"{' '.join(seen)}, {took}"
+    frames, took = run(server, name)
+    seen = shape_seen(frames)
+    assert tuple(seen.values()) == wanted, f"{name} shows {seen}, not {wanted}"
+    return f"{' '.join(wanted)}, {took}"
 
 
 def camera(server: Server, name: str, wanted: str) -> str:
-    video, took = run(server, name)
-    clip, frames = judged(video)
-    seen = CAMERAS[int(analyse_camera(clip))]
+    frames, took = run(server, name)
+    seen = camera_seen(frames)
     assert seen == wanted, f"{name}: {seen}, not {wanted}"
     assert frames.std() > 10, f"{name}: hardly anything to see"
     return f"{seen}, {took}"
@@ -89,7 +74,7 @@ def main() -> int:
     if args.folder is None:
         print("SKIPPED: no ComfyUI given; name its folder to run the examples in it")
         return 0
-    with Server(args.folder.resolve(), args.python or python_of(args.folder)) as server:
+    with Server(args.folder, args.python or python_of(args.folder), args.flag) as server:
         write_picture(server.base / "input")
         return 1 if cases.run(server, server, only=args.k) else 0
 

@@ -32,7 +32,7 @@ from real_files import (
     write_sparse_umt5,
     write_whole_vae,
 )
-from real_reference import read_frames
+from real_seen import read_frames
 
 CONTROL = "control_after_generate"
 OURS = ("TurboWan", "TurboDiffusion")
@@ -225,7 +225,7 @@ def main() -> int:
         return 0
     from real_page import Page
 
-    with Server(args.folder.resolve(), args.python or python_of(args.folder)) as server:
+    with Server(args.folder, args.python or python_of(args.folder), args.flag) as server:
         write_experts(server.models("diffusion_models"), 128)
         write_small_umt5(server.models("text_encoders"))
         put(TINY / "vae.safetensors", server.models("vae") / VAE)

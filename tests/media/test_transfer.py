@@ -47,4 +47,5 @@ def test_slow_chunks_arrive_whole_and_pinned_memory_does_not_grow():
             assert (out[0, start:stop] == (start + 3) // 4 + 1).all()
     assert out[0, 0, 0, 0, 0] == 1
     assert out[0, -1, -1, -1, -1] == 21
-    assert pinned() - before <= (IN_FLIGHT + 3) * 2**23  # a chunk's 4.8 MB are rounded up to a power of two
+    # a chunk's 4.8 MB are rounded up to a power of two; a pass given up and one that goes on may both be under way
+    assert pinned() - before <= 2 * (IN_FLIGHT + 3) * 2**23

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from turbowan.memory.lending import Lender, pin
+from turbowan.memory.lending import ALIGNMENT, Lender, packed, pin
 
 pytestmark = pytest.mark.usefixtures("fresh_seed")
 
@@ -89,6 +90,38 @@ def test_a_pass_that_is_broken_off_leaves_everything_in_its_place(error: type[Ba
     assert len(calls) == 3
     net(x)
     assert weights(net) == before
+
+
+def test_tensors_share_memory_without_touching() -> None:
+    sizes = [*torch.randint(1, 3000, (200,)).tolist(), 9000, 8192]
+    chunks = packed(sizes, 8192)
+    assert sorted(i for chunk in chunks for i, _, _ in chunk) == list(range(len(sizes)))
+    for chunk in chunks:
+        places = sorted((start, end, sizes[i]) for i, start, end in chunk)
+        assert all(end - start == size and start % ALIGNMENT == 0 for start, end, size in places)
+        assert all(one[1] <= other[0] for one, other in pairwise(places))
+        assert places[-1][1] <= 8192 or len(places) == 1
+    assert len(chunks) < 1.2 * sum(sizes) / 8192 + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [8, 2**17])  # copies are slower than the work, and the other way round
+def test_two_blocks_at_most_are_on_the_gpu(rows: int) -> None:
+    width, blocks = 2048, 12
+    net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(blocks))).requires_grad_(False)
+    assert pin(net)
+    x = torch.randn(rows, width, device="cuda")
+    Lender([net, *net])
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        net(x)
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() - before - 2 * x.nbytes
+        assert most < 2.5 * 4 * width**2, f"{most / (4 * width**2):.1f} blocks"
+    assert torch.cuda.memory_allocated() < before + x.nbytes
 
 
 @pytest.mark.gpu

@@ -52,7 +52,8 @@ def run_pipeline(trial: Trial) -> Iterator[dict[str, Any]]:
     Raises:
         MachineError: the process that is timed ends without a word.
     """
-    yield {"bench": "pipeline", "case": trial.manifest.name, "run": "files", **read_files(trial.manifest)}
+    facts = machine_facts(torch.device("cuda" if _on_gpu(trial.device) else "cpu"))
+    yield {"bench": "pipeline", "case": trial.manifest.name, "run": "files", **facts, **read_files(trial.manifest)}
     with tempfile.TemporaryDirectory(prefix="turbowan-bench-") as scratch:
         caches = {name: str(Path(scratch) / name) for name in _CACHES} if trial.first_ever else {}
         if trial.first_ever:

@@ -12,7 +12,10 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS = ("num_steps", "attention", "precision", "linears")  # that a record repeats
 
@@ -31,27 +34,32 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _generate(spec: dict[str, Any]) -> None:
-    import torch
-
-    from ..engine import Engine, choose_device
-    from ..request import GenerateRequest
-    from .memory_watch import MemoryWatch, host_memory
+    from ..engine import choose_device
+    from ..memory.room import capped
 
     _say(done="imports")
     warnings.simplefilter("ignore")
     device = choose_device(spec["device"])
+    with capped(device, spec["cap"]):
+        _generate_on(device, spec)
+
+
+def _generate_on(device: torch.device, spec: dict[str, Any]) -> None:
+    from ..engine import Engine
+    from ..request import GenerateRequest
+    from .memory_watch import MemoryWatch, host_memory
+
     watch = MemoryWatch(device)
-    if spec["cap"] is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, spec["cap"] / total), device)
     engine = Engine.load(spec["model"], device=device)
     image = None if spec["image"] is None else made_picture(*spec["image"])
-    request = GenerateRequest(**spec["request"], image=image)
+    words = spec["request"]["prompt"].split()
     _say(done="engine")
-    for _ in range(spec["runs"]):
+    for i in range(spec["runs"]):
+        # a prompt that was read before would not be read again
+        own = " ".join(words[i % len(words) :] + words[: i % len(words)])
+        request = GenerateRequest(**{**spec["request"], "prompt": own}, image=image)
         started = time.perf_counter()
-        result = engine.generate(request)
-        size = _write(result, Path(spec["target"]))
+        result, size = _make(engine, request, Path(spec["target"]))
         facts = {
             "seconds": time.perf_counter() - started,
             "shape": list(result.frames.shape[:3]),
@@ -66,15 +74,17 @@ def _generate(spec: dict[str, Any]) -> None:
         _say(done="run", **facts, gpu=watch.peak(), gpu_source=watch.source, host=host_memory())
 
 
-def _write(result: Any, target: Path) -> int | None:
-    """Bytes of the file; None without PyAV, which writes it."""
+def _make(engine: Any, request: Any, target: Path) -> tuple[Any, int | None]:
+    """The result, and bytes of its file, written while it is decoded; None without PyAV, which writes it."""
     try:
-        paths = result.save(target)
+        from ..media.saving import VideoFiles
     except ModuleNotFoundError as error:
         if error.name != "av":
             raise
-        return None
-    return sum(path.stat().st_size for path in paths)
+        return engine.generate(request), None
+    with VideoFiles(target) as files:
+        result = engine.generate(request, sink=files)
+        return result, sum(path.stat().st_size for path in files.close(result))
 
 
 def made_picture(width: int, height: int) -> Any:

@@ -14,7 +14,11 @@ app = typer.Typer(help="Measure with random weights of true sizes; a table, or w
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON line per case, with spread and machine, and no table.")]
 # what a table's title, the names of cases, or only the JSON lines say
-_NOT_SHOWN = {"bench", "gpu", "torch", "commit", "shape", "size", "precision", "attention", "bound_ms", "weights_gib"}
+_NOT_SHOWN = {
+    "bench", "gpu", "torch", "commit", "shape", "size", "precision", "attention", "bound_ms", "weights_gib",
+    "preset", "text_encoder", "layers", "tokenizer", "cap", "num_steps", "linears", "gpu_source",
+    "file_mb", "runs", "marks_s", "host_own_gib", "host_pinned_gib", "read_s", "memory", "gpu_budget",
+}  # fmt: skip
 _HEADINGS = {"ms p50": "ms", "share_of_bound": "of bound", "tflops": "TFLOP/s", "gbytes_per_s": "GB/s"}
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from .terminal_picture import TerminalPicture
-from .video import check_target, write_video
 
 FPS = 4  # of 16, one in four
 SCALE = 2  # of the file
@@ -72,10 +71,14 @@ class PreviewFile:
     def __init__(self, path: Path, terminal: TerminalPicture | None = None) -> None:
         self.path = path.with_name(path.stem + PREVIEW_SUFFIX)
         self._terminal = terminal
+        from .video import check_target  # PyAV is wanted where files are written only
+
         check_target(self.path)
 
     def __call__(self, step: int, frames: np.ndarray) -> None:
         """After a step (from 1) the estimate of all samples, uint8 [B, T, h, w, 3]."""
+        from .video import write_video
+
         beside = np.concatenate(list(frames), axis=2)
         height, width = beside.shape[1:3]
         large = [Image.fromarray(x).resize((SCALE * width, SCALE * height), Image.Resampling.BICUBIC) for x in beside]

@@ -28,7 +28,8 @@ class Lender:
             beneath it that are in no other unit.
         adjust: (module, weight's name, weight on the device) -> what is used in its place, for adapters.
         adjusts: whether `adjust` has anything to do for a module, whose weights are then lent wherever they lie.
-        before: called before each unit; an exception it raises ends the pass.
+        before: called before each unit; an exception it raises ends the pass. For its sake the host waits for the unit
+            before the last one on a GPU: what it ends has little more than a unit queued.
         stays: units, by their place in the list, whose copies are kept.
         always: weights are lent even where they lie beside the input, as on a CPU all do.
         memory: (unit, bytes, device) -> uint8 [bytes] for its copy; taken from PyTorch, and given back, by default.
@@ -54,11 +55,12 @@ class Lender:
         self._owned: dict[int, Copies] = {}  # what the copies stand for, by unit that runs or stays
         self._settled: set[int] = set()  # units that stay, once they have been lent
         self._stream: Any = None
+        self._on_gpu: torch.device | None = None
+        self._done: Any = None  # the event at the end of the last unit that was queued
         for i, unit in enumerate(units):
             unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
             unit.register_forward_hook(self._leave_hook(i), always_call=True)
 
-    @torch.compiler.disable
     def settle(self, i: int, device: torch.device) -> None:
         """Copy a unit that stays before its first turn."""
         if i not in self._settled:
@@ -96,20 +98,27 @@ class Lender:
                 for unit in list(self._owned):
                     if unit not in self._settled:
                         self._give_back(unit)
+                self._done = None
             device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            self._on_gpu = device if device.type == "cuda" else None
             self._lend(i, device)
 
         return enter
 
     def _leave_hook(self, i: int) -> Any:
         @torch.compiler.disable
-        def leave(*_: Any) -> None:
+        def leave(_: nn.Module, __: tuple, result: Any) -> None:
             if i in self.stays:
                 self._settled.add(i)
             else:
                 self._give_back(i)
             if i == 0:  # the pass is over, or broken off
                 self._drop_ready()
+                self._done = None
+            elif self._before is not None and self._on_gpu and result is not None:
+                earlier, self._done = self._done, torch.cuda.current_stream(self._on_gpu).record_event()
+                if earlier is not None:
+                    earlier.synchronize()
 
         return leave
 
@@ -210,17 +219,43 @@ def laid_out(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return tensors
 
 
+CHUNK = 2**28  # bytes of page-locked memory at a time; PyTorch rounds each request up to a power of two
+ALIGNMENT = 256
+
+
 def pin(module: nn.Module) -> bool:
     """Put a module's host weights into page-locked memory, from which a GPU copies while it computes.
 
     Returns:
-        False where the machine does not lock so much: the weights stay as they are, only slower to copy.
+        False where the machine does not lock so much: the weights left are as they were, only slower to copy.
     """
+    found = [
+        (leaf, name, weight)
+        for leaf in module.modules()
+        for name, weight in leaf._parameters.items()
+        if weight is not None and weight.device.type == "cpu" and not weight.is_pinned()
+    ]
     try:
-        for leaf in module.modules():
-            for name, weight in leaf._parameters.items():
-                if weight is not None and weight.device.type == "cpu" and not weight.is_pinned():
-                    leaf._parameters[name] = nn.Parameter(weight.detach().pin_memory(), requires_grad=False)
+        for chunk in packed([weight.nbytes for _, _, weight in found]):
+            memory = torch.empty(max(end for _, _, end in chunk), dtype=torch.uint8, pin_memory=True)
+            for i, start, end in chunk:
+                leaf, name, weight = found[i]
+                locked = memory[start:end].view(weight.dtype).view(weight.shape)
+                leaf._parameters[name] = nn.Parameter(locked.copy_(weight.detach()), requires_grad=False)
     except RuntimeError:
         return False
     return True
+
+
+def packed(sizes: Sequence[int], chunk: int = CHUNK) -> list[list[tuple[int, int, int]]]:
+    """Which of some tensors share which piece of memory, as (index, first byte, end); only lone ones pass `chunk`."""
+    chunks: list[list[tuple[int, int, int]]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for each in chunks:
+            start = -(-each[-1][2] // ALIGNMENT) * ALIGNMENT
+            if start + sizes[i] <= chunk:
+                each.append((i, start, start + sizes[i]))
+                break
+        else:
+            chunks.append([(i, 0, sizes[i])])
+    return chunks

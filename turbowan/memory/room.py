@@ -82,15 +82,16 @@ def capped(device: torch.device, cap: int | None) -> Iterator[None]:
     if device.type != "cuda" or cap is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    before = torch.cuda.get_per_process_memory_fraction(device) if _can_tell() else 1.0
-    if torch.cuda.memory_reserved(device) > cap:
+    index = torch.cuda.current_device() if device.index is None else device.index  # which these two ask for
+    total = torch.cuda.get_device_properties(index).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(index) if _can_tell() else 1.0
+    if torch.cuda.memory_reserved(index) > cap:
         torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(before, cap / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(before, cap / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def _can_tell() -> bool:

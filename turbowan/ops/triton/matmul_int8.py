@@ -15,13 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .hopper import HAS_GLUON
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4: pointers only
-    TensorDescriptor = None
 
 
 @dataclass(frozen=True)
@@ -271,7 +267,7 @@ def _launch(
 
 def _describable(x: Tensor) -> bool:
     """Whether the copy engine can read and write this contiguous matrix: rows and start on multiples of 16 bytes."""
-    return TensorDescriptor is not None and x.shape[1] * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    return x.shape[1] * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4
-    TensorDescriptor = None
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 
@@ -48,7 +44,7 @@ def rows_of(sample: Tensor, rows: int, columns: int, descriptors: bool) -> "Tens
 
 def can_describe(*tensors: Tensor) -> bool:
     """Whether the copy engine can read each sample of [B, L, H, D]: heads side by side, all aligned to 16 bytes."""
-    return TensorDescriptor is not None and all(
+    return all(
         x.stride(2) == x.shape[3]
         and x.data_ptr() % 16 == 0
         and (x.stride(0) * x.element_size()) % 16 == 0
