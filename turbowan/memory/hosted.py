@@ -38,7 +38,7 @@ class Hosted:
         self._seats: Seats | None = None
         self._locked: list[Locked] = []
         blocks = blocks_of(module)
-        self._lender = Lender([module, *blocks], always=device.type != "cuda")
+        self._lender = Lender([module, *blocks], always=device.type != "cuda", traced=False)
         pins = place.pinned and device.type == "cuda"
         for i, unit in enumerate([module, *blocks]):
             check()

@@ -34,6 +34,7 @@ class Lender:
         always: weights are lent even where they lie beside the input, as on a CPU all do.
         memory: (unit, bytes, device) -> uint8 [bytes] for its copy; taken from PyTorch, and given back, by default.
             What it gives one unit, it may give another two turns later.
+        traced: torch.compile may see the network; keeping the hooks from it imports all of it, some seconds.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Lender:
         stays: frozenset[int] = frozenset(),
         always: bool = False,
         memory: Memory | None = None,
+        traced: bool = True,
     ) -> None:
         self._units = [ref(unit) for unit in units]  # a cycle would keep a network until Python looks for cycles
         self._known = {id(unit) for unit in units}
@@ -58,8 +60,11 @@ class Lender:
         self._on_gpu: torch.device | None = None
         self._done: Any = None  # the event at the end of the last unit that was queued
         for i, unit in enumerate(units):
-            unit.register_forward_pre_hook(self._enter_hook(i), with_kwargs=True)
-            unit.register_forward_hook(self._leave_hook(i), always_call=True)
+            enter, leave = self._enter_hook(i), self._leave_hook(i)
+            if traced:
+                enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+            unit.register_forward_pre_hook(enter, with_kwargs=True)
+            unit.register_forward_hook(leave, always_call=True)
 
     def settle(self, i: int, device: torch.device) -> None:
         """Copy a unit that stays before its first turn."""
@@ -89,7 +94,6 @@ class Lender:
             yield unit
 
     def _enter_hook(self, i: int) -> Any:
-        @torch.compiler.disable
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._before is not None:
                 self._before()
@@ -106,7 +110,6 @@ class Lender:
         return enter
 
     def _leave_hook(self, i: int) -> Any:
-        @torch.compiler.disable
         def leave(_: nn.Module, __: tuple, result: Any) -> None:
             if i in self.stays:
                 self._settled.add(i)
