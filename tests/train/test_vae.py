@@ -93,7 +93,7 @@ def test_the_loss_falls(fresh_seed: int) -> None:
         (terms["l1"] + terms["mse"] + 0.5 * terms["edge"] + 1e-4 * terms["kl"]).backward()
         clip_and_step([optimizer], list(vae.parameters()), 3e-3, 1.0)
         losses.append(terms["l1"].item())
-    assert min(losses[-10:]) < 0.95 * losses[0]
+    assert max(losses[-10:]) < 0.99 * losses[0]  # seldom less: a draw of pictures may be hard to leave the mean of
 
 
 def test_clips_are_windows_of_the_world(fresh_seed: int) -> None:
