@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/turbowan generate --prompt "$(PROMPT)" --out out/demo.mp4
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check turbowan tests __init__.py
