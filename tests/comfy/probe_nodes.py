@@ -119,7 +119,7 @@ class ProbeTimes:
 
 class ProbeKeep:
     """Keeps frames (uint8) or a latent as output/kept/NAME.safetensors; shows the times noted under that name and the
-    GPU's memory."""
+    GPU's memory, its peak since the last of these nodes."""
 
     CATEGORY = "tests"
     RETURN_TYPES = ()
@@ -142,7 +142,10 @@ class ProbeKeep:
         folder = Path(folder_paths.get_output_directory()) / "kept"
         folder.mkdir(exist_ok=True)
         save_file(kept, folder / f"{name}.safetensors")
-        return {"ui": {"calls": TIMES.pop(name, []), "memory": [_memory()]}}
+        memory = _memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return {"ui": {"calls": TIMES.pop(name, []), "memory": [memory]}}
 
 
 class ProbeCard:

@@ -177,6 +177,18 @@ class Server:
     def run(self, graph: dict, timeout: float = 600) -> dict[str, Any]:
         return self.wait(self.submit(graph), timeout)
 
+    def interrupted(self, graph: dict, after: float) -> float:
+        """Seconds from an interrupt, so long after handing in, to the end."""
+        prompt = self.submit(graph)
+        time.sleep(after)
+        asked = time.monotonic()
+        self.post("/interrupt", {})
+        try:
+            self.wait(prompt)
+        except Interrupted:
+            return time.monotonic() - asked
+        raise AssertionError("it ran to its end")
+
     def timed(self, graph: dict, timeout: float = 600) -> tuple[float, dict[str, Any]]:
         """Seconds from handing in to the end, and the outputs."""
         started = time.monotonic()

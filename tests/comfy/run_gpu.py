@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from real_cases import Cases, parser, wanted
 from real_graphs import Graph, changed, image_to_video, node, text_to_video
-from real_server import HERE, REPOSITORY, Interrupted, Server, python_of
+from real_server import HERE, REPOSITORY, Server, python_of
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(REPOSITORY))
 
 import run_examples
 import run_real
-from real_files import write_experts, write_picture, write_sparse_umt5, write_whole_vae
+from real_files import VAE, write_experts, write_picture, write_sparse_umt5, write_whole_vae
 from real_inputs import EMBEDDED, SEEDS, expanded, fresh_seed, start_picture
 from real_reference import apart, calls, in_floats, probed, random_lora, velocity_of_ours
 from real_seen import psnr
@@ -233,19 +233,43 @@ def an_interrupt_stops_within_a_block_of_true_width(server: Server) -> str:
     for mode in MODES[:2]:
         graph = wide(server, mode, fresh_seed(), 4, "720p")
         ms = median(call["ms"] for call in kept(server, graph, f"wide-{mode}")[1]["calls"][1:])
-        prompt = server.submit(changed(graph, "sample", seed=fresh_seed(), model=["model", 0]))  # without waiting
-        time.sleep(1.5 * ms / 1000)
-        asked = time.monotonic()
-        server.post("/interrupt", {})
-        try:
-            server.wait(prompt)
-            raise AssertionError("it ran to its end")
-        except Interrupted:
-            took = 1000 * (time.monotonic() - asked)
+        unseen = changed(graph, "sample", seed=fresh_seed(), model=["model", 0])  # without waiting
+        took = 1000 * server.interrupted(unseen, 1.5 * ms / 1000)
         lines.append(f"{mode} stopped after {took:.0f} ms of a step of {ms:.0f}")
         print(f"    {lines[-1]}", flush=True)
         assert took < max(ms / 2, 150), lines[-1]  # the answer itself takes up to 100
     return "; ".join(lines)
+
+
+@case
+def the_vae_of_true_size(server: Server) -> str:
+    """Random weights: seconds, to the frames on the host, and memory of a start picture's latent and of decoding."""
+    write_whole_vae(server.models("vae"))
+    save_file({"text": torch.randn(1, 40, 4096)}, server.base / "input" / "wide.safetensors")
+    lines = []
+    sizes = {"480p": (832, 480), "720p": (1280, 720)} if server.device == "cuda" else {"small": (64, 64)}
+    for name, (width, height) in sizes.items():
+        graph = {
+            "vae": node("TurboWanVAELoader", vae_name=VAE),
+            "image": node("LoadImage", image="example.png"),
+            "text": node("ProbeConditioning", file="wide.safetensors", key="text"),
+            "told": node(
+                "TurboWanSampler", positive=["text", 0], negative=["text", 0], vae=["vae", 0], start_image=["image", 0],
+                width=width, height=height, length=81, batch_size=1,
+            ),
+            "keep": node("ProbeKeep", name="vae", samples=["told", 2]),
+        }  # fmt: skip
+        empty = node("EmptyHunyuanLatentVideo", width=width, height=height, length=81, batch_size=1)
+        frames = node("VAEDecode", samples=["empty", 0], vae=["vae", 0])
+        keep = node("ProbeKeep", name="vae", frames=["frames", 0])
+        decoding = {"vae": graph["vae"], "empty": empty, "frames": frames, "keep": keep}
+        for what, each, sized in (("start picture", graph, "told"), ("decoding", decoding, "empty")):
+            server.run(changed(each, sized, length=5))  # loads, and chooses kernels
+            seconds, outputs = server.timed(each)
+            peak = outputs["keep"]["memory"][0]["peak"] / GIB
+            lines.append(f"{name} {what} {seconds:.2f} s, {peak:.2f} GiB at most")
+            print(f"    {lines[-1]}", flush=True)
+    return f"{len(lines)} runs"
 
 
 @case

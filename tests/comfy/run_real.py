@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from real_cases import Cases, parser
-from real_server import HERE, REPOSITORY, Interrupted, Server, python_of
+from real_server import HERE, REPOSITORY, Server, python_of
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(REPOSITORY))
@@ -24,6 +23,7 @@ import real_beside
 import real_conditions
 import real_equal
 import real_loras
+from real_files import VAE, write_whole_vae
 from real_graphs import Graph, changed, image_to_video, node, recorded, text_to_video
 from real_inputs import ASSETS, SEEDS, fresh_seed, start_picture
 from real_reference import GOLDEN, apart, golden_file, kept, random_lora, refusal
@@ -197,21 +197,29 @@ def an_interrupt_stops_within_a_block(server: Server) -> str:
     graph["sample"]["inputs"]["latent_image"] = ["empty", 0]
     keep = {**{k: v for k, v in graph.items() if k not in ("frames", "save")}}
     keep["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix="latents/kept")
-    started = time.monotonic()
-    server.run(keep)
-    step = time.monotonic() - started
-    prompt = server.submit(changed(keep, "sample", noise_seed=fresh_seed()))
-    time.sleep(step / 3)
-    asked = time.monotonic()
-    server.post("/interrupt", {})
-    try:
-        server.wait(prompt)
-        raise AssertionError("it ran to its end")
-    except Interrupted:
-        took = time.monotonic() - asked
+    step, _ = server.timed(keep)
+    took = server.interrupted(changed(keep, "sample", noise_seed=fresh_seed()), step / 3)
     assert took < step / 3, f"stopped after {took:.2f} s of a step of {step:.2f} s in 6 blocks"
     server.run(text_to_video(fresh_seed()))
     return f"a step of {step:.1f} s in 6 blocks stopped after {took:.2f} s; the next prompt ran"
+
+
+@case
+def an_interrupt_stops_the_vae_within_a_layer(server: Server) -> str:
+    """Of true size, while it encodes a start picture: one call, most of whose time a few layers take."""
+    write_whole_vae(server.models("vae"))
+    start_picture(server, 640, 480)
+    graph = {
+        "vae": node("TurboWanVAELoader", vae_name=VAE),
+        "image": node("LoadImage", image="start.png"),
+        "latent": node("VAEEncode", pixels=["image", 0], vae=["vae", 0]),
+        "keep": node("SaveLatent", samples=["latent", 0], filename_prefix="latents/encoded"),
+    }
+    whole, _ = server.timed(graph)
+    start_picture(server, 640, 488)
+    took = server.interrupted(graph, whole / 3)
+    assert took < whole / 3, f"stopped after {took:.1f} s of {whole:.1f}"
+    return f"a picture of 640x480 takes {whole:.1f} s, stopped after {took:.1f} s"
 
 
 @case

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.load import load_vae
-from ..models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, WanVAE, latent_frames
+from ..models.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, CausalConv3d, WanVAE, latent_frames
 
 WIDTH = 96  # of Wan 2.1's, for which ComfyUI's memory figures below were found
 ENCODE_BYTES, DECODE_BYTES = 6000, 7000  # per pixel and byte of a number
 
 
 class Network(WanVAE):
-    """Our VAE, called the way ComfyUI calls its own: latents are not normalised."""
+    """Our VAE, called the way ComfyUI calls its own: latents are not normalised, and an interruption stops it within a
+    convolution (within a chunk on a GPU)."""
 
     def __init__(self, vae: WanVAE) -> None:
         with torch.device("meta"):
             super().__init__(vae.dim)
         for name, child in vae.named_children():
             setattr(self, name, child)
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.register_forward_pre_hook(_stop_if_interrupted)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         like = self.conv1.weight
@@ -42,12 +46,15 @@ class Network(WanVAE):
         return super().encode(video)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """As `WanVAE.decode`; an interruption stops it between two chunks."""
         chunks = []
         for chunk in self.decode_stream(latent):
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            _stop_if_interrupted()
             chunks.append(chunk)
         return torch.cat(chunks, dim=2)
+
+
+def _stop_if_interrupted(*_: object) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class VAE(comfy.sd.VAE):
