@@ -9,8 +9,9 @@ from .registry import Operation
 
 def _eager(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     length = x.square().sum(dim=1, keepdim=True, dtype=torch.float32).sqrt().clamp(min=1e-12)
-    out = x * (gamma.shape[0] ** 0.5 / length).to(x.dtype) * gamma.to(x.dtype)
-    return F.silu(out) if silu else out
+    out = x * (gamma.shape[0] ** 0.5 / length).to(x.dtype)
+    out *= gamma.to(x.dtype)  # in place: new memory would take three times as long here as the arithmetic
+    return F.silu(out, inplace=True) if silu else out
 
 
 def _fake(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
