@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -135,9 +136,11 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
             foreign = torch.cuda.memory_allocated(self.device) - self.parts.nbytes
         try:
-            with capped(self.device, plan.cap), run.clock.stage("total", exclusive=False):
+            with capped(self.device, plan.cap, plan.tight), run.clock.stage("total", exclusive=False):
                 run.begin_loading()
                 texts = run.encode_text(prompts)
+                run.finish_loading()
+                self.parts.tidy(foreign)
                 condition = run.condition(texts, job.image)
                 self.parts.tidy(foreign)
                 latent = run.denoise(condition, preview)
@@ -145,6 +148,7 @@ class Engine:
                 videos = run.decode(latent, sink)
                 self.parts.tidy(foreign)
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep what they hold
             self.parts.clear()
             size = f"{settings.num_samples} x {settings.num_frames} frames of {settings.width}x{settings.height}"
             raise MachineError(

@@ -136,13 +136,29 @@ def version_numbers(version: str) -> tuple[int, ...]:
 def free_memory() -> int | None:
     """Bytes of memory still to be had; all there is where the system does not tell, None where it tells neither.
 
-    Linux counts here what its file cache would give back: after a checkpoint has been read little else looks free.
+    Linux counts here what its file cache would give back: after a checkpoint has been read little else looks free. A
+    container's limit counts, too.
     """
     with suppress(OSError, ValueError):
         found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
         if found:
-            return int(found[1]) * 1024
+            return min([int(found[1]) * 1024, *left_in_container()])
     return _pages("SC_AVPHYS_PAGES") or _pages("SC_PHYS_PAGES")
+
+
+def left_in_container(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left of the limit that a control group sets, as a container sees its own; none where there is no limit."""
+    names = (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),  # version 1
+    )
+    left = []
+    for limit, used, details, prefix in names:
+        with suppress(OSError, ValueError):  # "max" is no number
+            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", (root / details).read_text(), re.MULTILINE)
+            taken = int((root / used).read_text()) - sum(map(int, files))
+            left.append(max(0, int((root / limit).read_text()) - taken))
+    return left
 
 
 def peak_host_memory() -> int:

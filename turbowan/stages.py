@@ -186,6 +186,12 @@ class Run:
                 if self.parts.place(role).home != "disk":
                     self.parts.start(role, *self._wanted(role))
 
+    def finish_loading(self) -> None:
+        """Wait for that, unless the device has room for what loading takes there beside any stage."""
+        if self.plan is not None and self.plan.tight and self.parts.is_loading:
+            with self.clock.stage("load"):
+                self.parts.settle()
+
     def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of the prompts and, with guidance, of the negative prompt as often.
 

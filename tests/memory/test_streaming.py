@@ -200,6 +200,7 @@ def test_a_budget_caps_what_is_taken_on_a_gpu() -> None:
     capped = frames(engine, "int8", gpu_budget="2GB")
     assert torch.cuda.max_memory_reserved() <= 1.5e9
     assert np.array_equal(capped, wanted)
+    assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
     del engine
     with pytest.raises(MachineError, match=r"fits|nothing smaller"):
         frames(Engine.load("tiny-i2v", device="cuda"), "int8", gpu_budget="600MB")

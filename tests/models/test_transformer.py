@@ -15,7 +15,7 @@ from turbowan.checkpoints import load_transformer
 from turbowan.errors import RequestError
 from turbowan.models.linear import ScaledLinear
 from turbowan.models.pack import file_format, prepare
-from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, unpatchify
+from turbowan.models.transformer import ATTENTION_KINDS, AttentionConfig, Context, patchify, settled, unpatchify
 
 TEXT_ROWS = 512
 
@@ -224,8 +224,7 @@ def test_a_block_is_its_written_formula(norms, make_transformer, relative_error)
     x, text, image = torch.randn(2, length, dim) + 2, torch.randn(2, 9, dim), torch.randn(2, 5, dim)
     modulation, rotation = torch.randn(2, 6, dim), ops.rope_table(3, 2, 5, 128)
     how = AttentionConfig("original")
-    before, (change, gate) = block(x, None, modulation, rotation, Context(text, image, 7), None, how, norms)
-    ours = before + change * gate
+    ours = settled(*block([x, None, None], modulation, rotation, Context(text, image, 7), None, how, norms))
 
     wide = copy.deepcopy(block).double()
 
@@ -324,15 +323,15 @@ def test_a_block_compiles_in_one_piece(kind, training, make_transformer):
     block, how = net.blocks[0], AttentionConfig(kind, 0.4, 64, 64)
     x, modulation, text = torch.randn(2, 90, 256), torch.randn(2, 6, 256), torch.randn(2, 9, 256)
     rotation = ops.rope_table(3, 5, 6, 128)
-    change, context = (torch.randn_like(x), torch.randn(2, 1, 256)), Context(text, None, 504)
-    args = (x, change, modulation, rotation, context, None, how, "official")
-    expected = block(*args)
+    stream, context = [x, torch.randn_like(x), torch.randn(2, 1, 256)], Context(text, None, 504)
+    args = (modulation, rotation, context, None, how, "official")
+    expected = block(list(stream), *args)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    ours = compiled(*args)
+    ours = compiled(list(stream), *args)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     if training:
         weights = list(block.self_attn.parameters())
-        losses = [x.square().sum() + delta.square().sum() for x, (delta, _) in (ours, expected)]
+        losses = [x.square().sum() + delta.square().sum() for x, delta, _ in (ours, expected)]
         grads = [torch.autograd.grad(loss, weights, allow_unused=True) for loss in losses]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3)
 

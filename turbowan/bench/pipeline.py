@@ -132,9 +132,10 @@ def _head(trial: Trial, name: str, runs: Sequence[Mapping[str, Any]]) -> dict[st
     record["peak_gib"] = {
         "gpu": _gib(max(run["gpu"] for run in runs)),
         "gpu_by_pytorch": _gib(max(run["gpu_by_pytorch"] for run in runs)),
+        "gpu_reserved": _gib(max(run["gpu_reserved"] for run in runs)),
         "host": _gib(max(run["host_peak"] for run in runs)),
     }
-    record["gpu_source"] = runs[0]["gpu_source"]
+    record["gpu_source"], record["gpu_retries"] = runs[0]["gpu_source"], runs[-1]["gpu_retries"]
     return record
 
 

@@ -45,6 +45,8 @@ def _generate(spec: dict[str, Any]) -> None:
 
 
 def _generate_on(device: torch.device, spec: dict[str, Any]) -> None:
+    import torch
+
     from ..engine import Engine
     from ..request import GenerateRequest
     from .memory_watch import MemoryWatch, host_memory
@@ -67,6 +69,8 @@ def _generate_on(device: torch.device, spec: dict[str, Any]) -> None:
             "stages": result.stages,
             "file": size,
             "gpu_by_pytorch": result.peak_memory["gpu"],
+            "gpu_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+            "gpu_retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
             "host_peak": result.peak_memory["host"],
         }
         del result

@@ -20,7 +20,7 @@ from ..checkpoints.detect import Detected
 from ..checkpoints.load import choose_attention, load_transformer, read
 from ..checkpoints.manifest import FILE_NAME, read_manifest
 from ..errors import RequestError
-from ..models.transformer import PATCH, Context, WanTransformer
+from ..models.transformer import PATCH, Context, WanTransformer, settled
 from ..sampling import rcm
 from ..specs import FAMILIES, family_of
 from .weights import PatchEmbedding, Patcher, adopt
@@ -119,8 +119,7 @@ class Network(WanTransformer):
             def original(args: dict[str, Any], block: Any = block) -> dict[str, Tensor]:
                 told = replace(context, text=args["txt"])
                 settings = (args["vec"], args["pe"], told, None, self.attention, self.norms)
-                out, (delta, gate) = block(args["img"], None, *settings)
-                return {"img": out + delta * gate.to(out.dtype)}
+                return {"img": settled(*block([args["img"], None, None], *settings))}
 
             args = {
                 "img": x, "txt": context.text, "vec": modulation, "pe": rotation, "transformer_options": self._options,

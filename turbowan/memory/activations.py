@@ -1,7 +1,7 @@
 """What each stage takes besides weights, in bytes, from the structure of the networks.
 
-The transformer's formula counts the tensors that live at the two fullest points of a block; on one H200 it lies 2 to
-13 % above every measured step (`benchmarks/results`, held to it by a test).
+The transformer's formula counts the tensors that live at the fullest points of a block. Tests run the real networks on
+PyTorch's meta device and hold the formulas to what lives there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IMAGE_ROWS = 257  # CLIP tokens
 WORKSPACE = 10**8  # of the libraries of products, and lists of selected blocks
 GATHERED = 1 << 28  # numbers that plain PyTorch gathers for sparse attention: keys and values, see `ops`
 PLAIN_TENSORS = 8  # [B, L, D] more in plain PyTorch's sparse-linear attention: copies by heads, both branches
-PLAIN_UNITS = 9.2  # plain VAE layers, per frame of a chunk (measured: 4.6 GB for 832x480 in bfloat16, past included)
+PLAIN_UNITS = 8.2  # plain VAE layers, per frame of a chunk (measured: 4.6 GB for 832x480 in bfloat16, past included)
 DEEP_UNITS = 7  # tensors of the VAE's middle that live at once: its input, a norm's result, q, k, v, two results
 DEEP_WIDTH = 4  # times the base width
 
@@ -71,16 +71,16 @@ def token_bytes(config: TransformerConfig, work: Work) -> dict[str, int]:
     """What a block holds for each token where it holds most.
 
     With D and F the widths, d bytes a number and r bytes a number of the rows that linear layers read: always the
-    stream and the last change, which the caller still holds, the new stream (3 d D), and rows (r D).
+    stream (d D) and rows (r D).
 
     "attention": besides, q, k and v (3 d D), q and k rotated (2 d D), the result (d D), with SageSLA its codes (3 D).
     "projection": the attention's result (d D), its rows (r D, only in 8 bits) and what the projection makes (d D).
-    "feed_forward": the results of both attentions (2 d D), the hidden layer (d F), then its rows (r F, or d F if GELU
-    is a pass of its own), or what comes out (d D).
+    "feed_forward": the hidden layer (d F), then its rows (r F, or d F if GELU is a pass of its own), or what comes out
+    (d D).
     """
     d, width, hidden = work.itemsize, config.dim, config.ffn_dim
     r = 1 if work.eight_bit else d
-    always = (3 * d + r) * width
+    always = (d + r) * width
     attention = always + 6 * d * width
     if work.attention == "sagesla" and work.kernels:
         attention += 3 * width
@@ -89,7 +89,7 @@ def token_bytes(config: TransformerConfig, work: Work) -> dict[str, int]:
     projection = always + (2 * d + (r if work.eight_bit else 0)) * width
     apart = not work.kernels or d == 4
     after = r * hidden if work.eight_bit else (d * hidden if apart else 0)
-    feed_forward = always + 2 * d * width + d * hidden + max(after, 0 if work.eight_bit else d * width)
+    feed_forward = always + d * hidden + max(after, 0 if work.eight_bit else d * width)
     return {"attention": attention, "projection": projection, "feed_forward": feed_forward}
 
 

@@ -56,7 +56,7 @@ class Hosted:
         if not own:
             return True
         try:
-            locked = Locked(own)
+            locked = Locked(own, self._device)
         except RuntimeError as error:
             note = f"host memory cannot be locked ({error}); weights are copied to the GPU more slowly"
             warnings.warn(note, Note, stacklevel=2)

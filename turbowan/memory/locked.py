@@ -17,27 +17,32 @@ _PAGE = 4096
 class Locked:
     """Copies of tensors, next to each other in memory from which a GPU copies by itself. Unlocked when the object goes.
 
+    Args:
+        device: the GPU.
+
     Raises:
         RuntimeError: the machine does not lock so much.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         size = -(-together_bytes(tensors) // _PAGE) * _PAGE  # whole pages, which no other memory shares
         memory = torch.empty(size + _PAGE, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % _PAGE :][:size]
-        code = int(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
-        if code != 0:
-            _forget_error()
-            raise RuntimeError(f"cudaHostRegister of {size:,} bytes gave error {code}")
-        finalize(self, _unlock, memory).atexit = False
+        with torch.cuda.device(device):  # else a context is made on the first GPU
+            code = int(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
+            if code != 0:
+                _forget_error()
+                raise RuntimeError(f"cudaHostRegister of {size:,} bytes gave error {code}")
+        finalize(self, _unlock, memory, device).atexit = False
         self.tensors = laid_out(memory, tensors)
         for target, tensor in zip(self.tensors, tensors, strict=True):
             target.copy_(tensor.detach())
 
 
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # copies from it may be under way
-    _runtime().cudaHostUnregister(memory.data_ptr())
+def _unlock(memory: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # copies from it may be under way
+    with torch.cuda.device(device):
+        _runtime().cudaHostUnregister(memory.data_ptr())
 
 
 def _runtime() -> Any:

@@ -109,6 +109,11 @@ class Plan:
         return all(place.home == "gpu" for place in self.places.values())
 
     @property
+    def tight(self) -> bool:
+        """Whether the device's allocator must waste nothing: parts come and go, or half of the memory is not enough."""
+        return not self.keep or 2 * self.peak > self.usable
+
+    @property
     def reason(self) -> str:
         """One line."""
         return f"memory {self.mode}: {self.summary}; peak {size_text(self.peak)} of {size_text(self.usable)}"
@@ -244,13 +249,15 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
     """With these homes: as many blocks on the device as fit, VAE tiles as needed."""
     usable = room.usable
     least = mode == "minimal"
+    denoising, decoding = room.spread("denoise"), room.spread("decode")
     stays = sum(size.total for role, size in model.parts.items() if homes[role] == "gpu")
     locked = int(room.host * PINNED_SHARE)
     places = {}
     for role in sorted(model.parts, key=lambda role: role not in model.nets):
         size, home, resident = model.parts[role], homes[role], 0
         if home != "gpu" and room.on_gpu and size.blocks and role in model.nets and not least:
-            resident = _most_blocks(size, usable - stays - denoise_bytes(model.config, work, told=False))
+            spare = usable - stays - int(denoising * denoise_bytes(model.config, work, told=False))
+            resident = _most_blocks(size, spare)
         if not room.on_gpu or home == "gpu":
             resident = len(size.blocks)
         pinned = room.on_gpu and home == "host" and size.total <= locked
@@ -268,17 +275,19 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         return size.rest + spare + min(2, place.blocks - place.resident) * size.largest_block
 
     told = not any(places[role].hosted for role in model.nets)
-    denoise = stays + max(comes(role) for role in model.nets) + denoise_bytes(model.config, work, told)
+    weights = stays + max(comes(role) for role in model.nets)
+    denoise = weights + int(denoising * denoise_bytes(model.config, work, told))
     text = stays + comes("text_encoder") + text_bytes(model.text_width, work)
-    rounding = max(model.parts[role].rounding for role in model.nets)
-    early = not least and any(homes[role] != "disk" for role in model.nets) and text + rounding <= usable
+    prepared = max(model.parts[role].largest_block + model.parts[role].rounding for role in model.nets)
+    early = not least and any(homes[role] != "disk" for role in model.nets) and text + prepared <= usable
     beside = stays + comes("vae")  # what there is besides the VAE's own work
     fastest, whole = decode_grids(model.coder, work)
     grid, decode_budget, encode_budget = whole if least else fastest, None, None
     if work.kernels:
-        spare = usable - beside
-        encode_budget = max(0, spare - encode_fixed(model.coder, work))
-        most = min(spare, decode_bytes(model.coder, work, whole)) if least else spare
+        encode_budget = max(0, usable - beside - encode_fixed(model.coder, work))
+        most = int((usable - beside) / decoding)
+        if least:
+            most = min(most, decode_bytes(model.coder, work, whole))
         decode_budget, grid = _decoding(model.coder, work, most)
     condition = 0
     if work.encodes_image:
@@ -290,7 +299,7 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "condition": condition,
         "denoise": denoise,
         "switch": denoise if len(model.nets) > 1 else 0,
-        "decode": beside + decode_bytes(model.coder, work, grid),
+        "decode": beside + int(decoding * decode_bytes(model.coder, work, grid)),
     }
     return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early)
 

@@ -101,6 +101,16 @@ class Residency:
 
         self._coming[role] = variant, Coming(make, self.device)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a part that was begun in the background was not asked for yet."""
+        return bool(self._coming)
+
+    def settle(self) -> None:
+        """Wait for what loads in the background; its errors are raised where the part is wanted."""
+        for _, coming in self._coming.values():
+            coming.wait()
+
     def cancel(self, wait: bool = True) -> None:
         """Stop loading in the background; what was loaded so far goes.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,10 @@ from ..machine import free_memory
 from ..request import parse_bytes
 
 CONTEXT = 5 * 10**8  # bytes of a GPU that a process takes before PyTorch takes any: driver, loaded kernels
-MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: what does not fit between other blocks, scratch of convolutions
+MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: scratch of convolutions, loaded kernels
+# What PyTorch's allocator holds at most over what lives at once, where its segments grow and where they do not: tensors
+# of several sizes come and go, and what is left between them is lost. Found by replaying the stages' tensors.
+GROWING, FIXED = {"denoise": 1.07, "decode": 1.15}, {"denoise": 1.45, "decode": 1.5}
 HOST_MARGIN, HOST_SHARE = 10**9, 0.9  # of the host's free memory this much may hold weights, less a margin
 PINNED_SHARE = 0.7  # of the host's free memory, at most, is locked
 UNKNOWN_HOST = 8 * 10**9  # bytes that a host is taken to have when it does not tell
@@ -21,13 +27,15 @@ UNKNOWN_HOST = 8 * 10**9  # bytes that a host is taken to have when it does not 
 @dataclass(frozen=True)
 class Room:
     """gpu: bytes that PyTorch could take on the device, ours included (of the host, for a CPU engine). host: bytes
-    that the host has free, ours included. budget: bytes, over the whole process. name: of the device.
+    that the host has free, ours included. budget: bytes, over the whole process. name: of the device. grows: whether
+    segments of its allocator can grow.
     """
 
     gpu: int
     host: int
     name: str = "cuda"
     budget: int | None = None
+    grows: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -57,6 +65,10 @@ class Room:
         """For weights."""
         return max(0, int(self.host * HOST_SHARE) - HOST_MARGIN)
 
+    def spread(self, stage: str) -> float:
+        """What the allocator holds in a stage over what lives at once, where not everything stays on the device."""
+        return (GROWING if self.grows else FIXED)[stage] if self.on_gpu else 1.0
+
     @property
     def place(self) -> str:
         return "in the budget" if self.limited else f"free on {self.name}"
@@ -73,25 +85,56 @@ def find_room(device: torch.device, budget: int | str | None = None, resident: i
     if device.type != "cuda":
         return Room(host + resident, host + resident, str(device), cap)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Room(int(torch.cuda.mem_get_info(device)[0]) + unused + resident, host, str(device), cap)
+    return Room(int(torch.cuda.mem_get_info(device)[0]) + unused + resident, host, str(device), cap, segments_grow())
+
+
+def segments_grow() -> bool:
+    """Whether segments of PyTorch's allocator can grow: as the user set it up, else by `capped`."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return True
+    if user_settings():
+        return "expandable_segments:True" in user_settings()
+    return sys.platform == "linux" and "microsoft" not in platform.release().lower()
+
+
+def user_settings() -> str:
+    """Of PyTorch's allocator."""
+    return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 @contextmanager
-def capped(device: torch.device, cap: int | None) -> Iterator[None]:
-    """PyTorch takes no more than so many bytes of a GPU for as long as this is open; None and a CPU: no cap."""
-    if device.type != "cuda" or cap is None:
+def capped(device: torch.device, cap: int | None, tight: bool = False) -> Iterator[None]:
+    """For as long as this is open, PyTorch takes no more than so many bytes of a GPU; None and a CPU: no cap.
+
+    Args:
+        tight: its allocator is to waste nothing. Segments then grow, unless the user set it up otherwise.
+    """
+    if device.type != "cuda":
         yield
         return
     index = torch.cuda.current_device() if device.index is None else device.index  # which these two ask for
     total = torch.cuda.get_device_properties(index).total_memory
     before = torch.cuda.get_per_process_memory_fraction(index) if _can_tell() else 1.0
-    if torch.cuda.memory_reserved(index) > cap:
-        torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(before, cap / total), index)
+    grows = tight and not user_settings() and torch.cuda.get_allocator_backend() == "native" and segments_grow()
+    if cap is not None:
+        if torch.cuda.memory_reserved(index) > cap:
+            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(before, cap / total), index)
+    if grows:
+        _set_growing(True)
     try:
         yield
     finally:
+        if grows:
+            _set_growing(False)
         torch.cuda.set_per_process_memory_fraction(before, index)
+
+
+def _set_growing(on: bool) -> None:
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):  # from PyTorch 2.10 on
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{on}")
+    else:
+        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")
 
 
 def _can_tell() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,9 @@ class Context:
     blocks: tuple[KeysValues, ...] | None = None
 
 
-Change = tuple[Tensor, Tensor]  # what a layer adds to the stream, [B, L, D], and its gate, float32 [B, 1, D]
+# The residual stream [B, L, D], what the last layer is still to add to it, [B, L, D], and its gate, float32 [B, 1, D];
+# None for these two before the first. In a list: whoever empties it holds them alone, and each goes when last read.
+Stream = list[Any]
 
 
 class Block(nn.Module):
@@ -194,31 +196,37 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        change: Change | None,
+        stream: Stream,
         modulation: Tensor,
         rotation: tuple[Tensor, Tensor],
         context: Context,
         told: KeysValues | None,
         how: AttentionConfig,
         norms: str,
-    ) -> tuple[Tensor, Change]:
-        """x: [B, L, D], to which `change` is still to be added; modulation: float32 [B, 6, D], shared by all blocks, to
-        which the block adds its own."""
+    ) -> Stream:
+        """stream: empty afterwards. modulation: float32 [B, 6, D], shared by all
+        blocks, to which the block adds its own."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             self.modulation.float() + modulation
         ).unsqueeze(2).unbind(1)
         told = told or self.cross_attn.keys_values(context.text, context.image)
         own, cross, first, second = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
-        delta, gate = change or (None, None)
-        x, rows = norm_rows(x, own.format, EPS, norms, delta, gate, shift=shift_a, scale=scale_a)
-        attended = own(rows, rotation, how, x.dtype)
         affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
-        x, rows = norm_rows(x, format_of(cross.q), EPS, norms, attended, gate_a, **affine)
+        x, delta, gate = stream
+        stream.clear()
+        x, rows = norm_rows(x, own.format, EPS, norms, delta, gate, shift=shift_a, scale=scale_a)
+        del delta
+        x, rows = norm_rows(x, format_of(cross.q), EPS, norms, own(rows, rotation, how, x.dtype), gate_a, **affine)
         crossed = cross(rows, told, context.last_row_count, x.dtype)
         x, rows = norm_rows(x, format_of(first), EPS, norms, crossed, shift=shift_f, scale=scale_f)
+        del crossed
         hidden = hidden_rows(first, rows, x.dtype, format_of(second))
-        return x, (project(second, hidden, x.dtype), gate_f)
+        return [x, project(second, hidden, x.dtype), gate_f]
+
+
+def settled(x: Tensor, delta: Tensor | None, gate: Tensor | None) -> Tensor:
+    """The stream with its last change added."""
+    return x if delta is None or gate is None else x + delta * gate.to(x.dtype)
 
 
 class Head(nn.Module):
@@ -326,12 +334,11 @@ class WanTransformer(nn.Module):
         self, x: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], context: Context
     ) -> Tensor:
         """Of patches [B, L, 4 * C]. They are embedded here, so that no caller holds the result while the blocks run."""
-        x = self.patch_embedding(x.to(self.dtype))
-        change: Change | None = None
+        stream: Stream = [self.patch_embedding(x.to(self.dtype)), None, None]
         for i, block in enumerate(self.blocks):
             told = None if context.blocks is None else context.blocks[i]
-            x, change = block(x, change, modulation, rotation, context, told, self.attention, self.norms)
-        return x if change is None else x + change[0] * change[1].to(x.dtype)
+            stream = block(stream, modulation, rotation, context, told, self.attention, self.norms)
+        return settled(*stream)
 
     def tell(
         self, text: Tensor, image_tokens: Tensor | None = None, text_rows: int | None = None, blocks: bool = True

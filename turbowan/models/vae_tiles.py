@@ -13,10 +13,10 @@ DECODER_HALO = 13
 ENCODER_HALO = 10
 # What lives at once, in frames of full size and base width.
 FULL = 64  # pixels of a latent position
-DECODER_UNITS = 4.2  # for each frame of a chunk
+DECODER_UNITS = 4.1  # for each frame of a chunk
 # frames that layers remember, two each: 7 at full size, 6 and 6 + 1 and 6 + 1 at half the size with twice the channels
-# (a half), a quarter (a quarter), an eighth (a sixteenth)
-DECODER_PAST = 2 * (7 + 6 / 2 + 7 / 4 + 7 / 16)
+# (a half), a quarter (a quarter), an eighth (a sixteenth); and the two before a chunk in two layers' inputs
+DECODER_PAST = 2 * (7 + 6 / 2 + 7 / 4 + 7 / 16) + 4
 ENCODER_UNITS = 4.2
 STEADY_FRAMES = 14  # of a clip that repeats its second frame: 2, 2 more after each of 5 convolutions, and 2 before
 ENCODER_PAST = 2 * (5 + 4 / 2 + 4 / 4 + 4 / 16)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import CheckpointError
+from ..models.transformer import Stream
 from .distributed import blocks_of
 
 KINDS = ("none", "mm_only", "block")
@@ -48,10 +49,10 @@ def checkpoint_activations(net: nn.Module, kind: str) -> None:
             block.forward = _checkpointed(block.forward, options)
 
 
-def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Stream], options: dict[str, Any]) -> Callable[..., Stream]:
+    def run(stream: Stream, *rest: Any) -> Stream:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+            return forward(stream, *rest)
+        return checkpoint(lambda *kept: forward(list(kept), *rest), *stream, **options)  # type: ignore[no-any-return]
 
     return run
