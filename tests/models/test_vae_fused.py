@@ -97,14 +97,14 @@ def in_tiles(vae, latent, image, grid, monkeypatch):
 
 @pytest.mark.parametrize(("grid", "height", "width"), [((1, 3), 2, 34), ((3, 1), 34, 2), ((2, 2), 28, 28)])
 def test_tiles_make_the_whole(grid, height, width, make_vae, monkeypatch):
-    """To rounding, at sizes where tiles leave some of the frame out."""
+    """To rounding, which small norms enlarge, at sizes where tiles leave some of the frame out."""
     vae = make_vae(2).double()
     seeing_far(vae)
     latent = torch.randn(1, 16, 2, height, width).double()
     image = torch.rand(1, 3, 2, 8 * height, 8 * width).double() * 2 - 1
     expected = in_tiles(vae, latent, image, (1, 1), monkeypatch)
     for tiled, whole in zip(in_tiles(vae, latent, image, grid, monkeypatch), expected, strict=True):
-        assert (tiled - whole).abs().max() <= 1e-13 * whole.abs().max()
+        assert (tiled - whole).abs().max() <= 1e-11 * whole.abs().max()
 
 
 def test_halos_are_needed(make_vae, monkeypatch):
@@ -116,7 +116,7 @@ def test_halos_are_needed(make_vae, monkeypatch):
     monkeypatch.setattr(vae_tiles, "DECODER_HALO", vae_tiles.DECODER_HALO - 3)
     monkeypatch.setattr(vae_tiles, "ENCODER_HALO", vae_tiles.ENCODER_HALO - 3)
     for tiled, whole in zip(in_tiles(vae, latent, image, (1, 3), monkeypatch), expected, strict=True):
-        assert (tiled - whole).abs().max() > 1e-12 * whole.abs().max()
+        assert (tiled - whole).abs().max() > 1e-11 * whole.abs().max()
 
 
 def test_encodes_a_clip_in_tiles(make_vae, fused, relative_error, monkeypatch):
