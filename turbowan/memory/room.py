@@ -66,7 +66,7 @@ class Room:
         return max(0, int(self.host * HOST_SHARE) - HOST_MARGIN)
 
     def spread(self, stage: str) -> float:
-        """What the allocator holds in a stage over what lives at once, where not everything stays on the device."""
+        """What the allocator holds in a stage over what lives at once."""
         return (GROWING if self.grows else FIXED)[stage] if self.on_gpu else 1.0
 
     @property
@@ -127,7 +127,8 @@ def capped(device: torch.device, cap: int | None, tight: bool = False) -> Iterat
     finally:
         if grows:
             _set_growing(False)
-        torch.cuda.set_per_process_memory_fraction(before, index)
+        if cap is not None:
+            torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def _set_growing(on: bool) -> None:

@@ -204,8 +204,8 @@ class Block(nn.Module):
         how: AttentionConfig,
         norms: str,
     ) -> Stream:
-        """stream: empty afterwards. modulation: float32 [B, 6, D], shared by all
-        blocks, to which the block adds its own."""
+        """stream: empty afterwards. modulation: float32 [B, 6, D], shared by all blocks, to which the block adds its
+        own."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             self.modulation.float() + modulation
         ).unsqueeze(2).unbind(1)
