@@ -24,8 +24,9 @@ if not torch.cuda.is_available():
 from safetensors import safe_open
 from torch import Tensor
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # processes of tests share the cores
-    threads = max(1, (os.cpu_count() or 1) // side_by_side)
+    threads = max(1, CORES // side_by_side)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that they start
     torch.set_num_threads(threads)
 
@@ -37,7 +38,7 @@ GOLDEN_FOLDERS = (HERE.parent.parent / "shared" / "golden", HERE / "golden")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of `make test`: one for every core up to four (each takes 1.5 GB); with a GPU none, since they would share it."""
-    return 0 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+    return 0 if torch.cuda.is_available() else min(4, CORES)
 
 
 @pytest.fixture

@@ -187,8 +187,8 @@ class Run:
                     self.parts.start(role, *self._wanted(role))
 
     def finish_loading(self) -> None:
-        """Wait for that, unless the device has room for what loading takes there beside any stage."""
-        if self.plan is not None and self.plan.tight and self.parts.is_loading:
+        """Wait for that, unless the device has room for what loading takes there beside the next stages."""
+        if self.plan is not None and not self.plan.longer and self.parts.is_loading:
             with self.clock.stage("load"):
                 self.parts.settle()
 

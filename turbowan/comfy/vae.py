@@ -54,7 +54,8 @@ class Network(WanVAE):
 
 
 def _stop_if_interrupted(*_: object) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
+    if not torch.compiler.is_compiling():  # what is compiled is to stay in one piece
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class VAE(comfy.sd.VAE):

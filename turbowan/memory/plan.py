@@ -73,8 +73,8 @@ class Plan:
 
     places: by role. peaks: bytes on the device at most, by stage, 0 where a stage has nothing to do. usable: bytes they
     had to fit in. cap: bytes PyTorch is held to, with a budget. decode_budget, encode_budget: bytes for the VAE's
-    layers (None: it may choose). grid: what decoding will make of it. early: the transformers load
-    while the text is encoded.
+    layers (None: it may choose). grid: what decoding will make of it. early: the transformers load while the text is
+    encoded. longer: and while the picture is, and the first of two denoises.
     """
 
     mode: str
@@ -85,6 +85,7 @@ class Plan:
     encode_budget: int | None
     grid: Grid
     early: bool
+    longer: bool = True
 
     @property
     def peak(self) -> int:
@@ -294,6 +295,7 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         condition = beside + encode_bytes(model.coder, work, encode_budget)
         if "image_encoder" in model.parts:
             condition = max(condition, stays + comes("image_encoder") + IMAGE_ENCODER_WORK)
+    longer = not room.on_gpu or max(condition, denoise) + prepared <= usable
     peaks = {
         "text": text,
         "condition": condition,
@@ -301,7 +303,7 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "switch": denoise if len(model.nets) > 1 else 0,
         "decode": beside + int(decoding * decode_bytes(model.coder, work, grid)),
     }
-    return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early)
+    return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early, longer)
 
 
 def _decoding(coder: Coder, work: Work, spare: int) -> tuple[int, Grid]:

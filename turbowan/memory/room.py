@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from ..machine import free_memory
 from ..request import parse_bytes
+from .segments import growing, segments_grow
 
 CONTEXT = 5 * 10**8  # bytes of a GPU that a process takes before PyTorch takes any: driver, loaded kernels
 MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: scratch of convolutions, loaded kernels
@@ -85,21 +83,8 @@ def find_room(device: torch.device, budget: int | str | None = None, resident: i
     if device.type != "cuda":
         return Room(host + resident, host + resident, str(device), cap)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Room(int(torch.cuda.mem_get_info(device)[0]) + unused + resident, host, str(device), cap, segments_grow())
-
-
-def segments_grow() -> bool:
-    """Whether segments of PyTorch's allocator can grow: as the user set it up, else by `capped`."""
-    if torch.cuda.get_allocator_backend() != "native":
-        return True
-    if user_settings():
-        return "expandable_segments:True" in user_settings()
-    return sys.platform == "linux" and "microsoft" not in platform.release().lower()
-
-
-def user_settings() -> str:
-    """Of PyTorch's allocator."""
-    return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    free = int(torch.cuda.mem_get_info(device)[0]) + unused + resident
+    return Room(free, host, str(device), cap, segments_grow(device))
 
 
 @contextmanager
@@ -107,35 +92,25 @@ def capped(device: torch.device, cap: int | None, tight: bool = False) -> Iterat
     """For as long as this is open, PyTorch takes no more than so many bytes of a GPU; None and a CPU: no cap.
 
     Args:
-        tight: its allocator is to waste nothing. Segments then grow, unless the user set it up otherwise.
+        tight: its allocator is to waste nothing, see `growing`.
     """
     if device.type != "cuda":
         yield
         return
-    index = torch.cuda.current_device() if device.index is None else device.index  # which these two ask for
-    total = torch.cuda.get_device_properties(index).total_memory
-    before = torch.cuda.get_per_process_memory_fraction(index) if _can_tell() else 1.0
-    grows = tight and not user_settings() and torch.cuda.get_allocator_backend() == "native" and segments_grow()
-    if cap is not None:
+    with growing(device) if tight else nullcontext():
+        if cap is None:
+            yield
+            return
+        index = torch.cuda.current_device() if device.index is None else device.index  # which these two ask for
+        total = torch.cuda.get_device_properties(index).total_memory
+        before = torch.cuda.get_per_process_memory_fraction(index) if _can_tell() else 1.0
         if torch.cuda.memory_reserved(index) > cap:
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(before, cap / total), index)
-    if grows:
-        _set_growing(True)
-    try:
-        yield
-    finally:
-        if grows:
-            _set_growing(False)
-        if cap is not None:
+        try:
+            yield
+        finally:
             torch.cuda.set_per_process_memory_fraction(before, index)
-
-
-def _set_growing(on: bool) -> None:
-    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):  # from PyTorch 2.10 on
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{on}")
-    else:
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")
 
 
 def _can_tell() -> bool:

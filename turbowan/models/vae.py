@@ -321,7 +321,8 @@ class WanVAE(nn.Module):
 
     def _normalise(self, encoded: Tensor) -> Tensor:
         mean, inverse_std = self._statistics()
-        return ((self.conv1(encoded.to(self.dtype), Clip())[:, :LATENT_CHANNELS] - mean) * inverse_std).float()
+        latent = self.conv1(encoded.to(self.dtype), Clip())[:, :LATENT_CHANNELS]
+        return ((latent - mean) * inverse_std).float().contiguous()
 
     def encode(self, video: Tensor) -> Tensor:
         """Video to latent, streaming over chunks of four frames.

@@ -14,7 +14,8 @@ def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     channels last where oneDNN may have made it, see below."""
     last = torch.channels_last_3d
     chosen = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
-    return last if chosen or (x.device.type == "cpu" and x.dtype == torch.float32) else torch.contiguous_format
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return last if chosen or onednn else torch.contiguous_format
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
