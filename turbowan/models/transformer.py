@@ -203,9 +203,13 @@ class Block(nn.Module):
         told: KeysValues | None,
         how: AttentionConfig,
         norms: str,
-    ) -> Stream:
-        """stream: empty afterwards. modulation: float32 [B, 6, D], shared by all blocks, to which the block adds its
-        own."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next stream.
+
+        Args:
+            stream: empty afterwards. modulation: float32 [B, 6, D], shared by all blocks, to which the block adds its
+                own. told: of the text, made here if None.
+        """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             self.modulation.float() + modulation
         ).unsqueeze(2).unbind(1)
@@ -221,7 +225,7 @@ class Block(nn.Module):
         x, rows = norm_rows(x, format_of(first), EPS, norms, crossed, shift=shift_f, scale=scale_f)
         del crossed
         hidden = hidden_rows(first, rows, x.dtype, format_of(second))
-        return [x, project(second, hidden, x.dtype), gate_f]
+        return x, project(second, hidden, x.dtype), gate_f
 
 
 def settled(x: Tensor, delta: Tensor | None, gate: Tensor | None) -> Tensor:
@@ -337,7 +341,7 @@ class WanTransformer(nn.Module):
         stream: Stream = [self.patch_embedding(x.to(self.dtype)), None, None]
         for i, block in enumerate(self.blocks):
             told = None if context.blocks is None else context.blocks[i]
-            stream = block(stream, modulation, rotation, context, told, self.attention, self.norms)
+            stream[:] = block(stream, modulation, rotation, context, told, self.attention, self.norms)
         return settled(*stream)
 
     def tell(

@@ -49,10 +49,10 @@ def checkpoint_activations(net: nn.Module, kind: str) -> None:
             block.forward = _checkpointed(block.forward, options)
 
 
-def _checkpointed(forward: Callable[..., Stream], options: dict[str, Any]) -> Callable[..., Stream]:
-    def run(stream: Stream, *rest: Any) -> Stream:
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def run(stream: Stream, *rest: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(stream, *rest)
-        return checkpoint(lambda *kept: forward(list(kept), *rest), *stream, **options)  # type: ignore[no-any-return]
+        return checkpoint(lambda *kept: forward(list(kept), *rest), *stream, **options)
 
     return run
