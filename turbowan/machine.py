@@ -147,7 +147,11 @@ def free_memory() -> int | None:
 
 
 def left_in_container(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left of the limit that a control group sets, as a container sees its own; none where there is no limit."""
+    """Bytes left of the limit that a control group sets; none where there is no limit.
+
+    Args:
+        root: where control groups (version 1 or 2) are mounted, as a container sees its own.
+    """
     names = (
         ("memory.max", "memory.current", "memory.stat", ""),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),  # version 1

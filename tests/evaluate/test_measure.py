@@ -86,8 +86,8 @@ def test_camera_travel_is_the_way_of_the_camera(fresh_seed: int) -> None:
     assert camera_travel(fast).tolist() == pytest.approx([0.7] * 4, rel=0.2)
     assert (camera_travel(slowed(fast)) / camera_travel(fast)).tolist() == pytest.approx([0.5] * 4, abs=0.1)
     soft = F.avg_pool2d(fast.flatten(0, 1), 3, stride=1, padding=1).unflatten(0, (4, 3))
-    # one picture in a hundred, whose detail is mostly fine, loses 0.15
-    assert (camera_travel(soft) / camera_travel(fast)).mean() == pytest.approx(1.0, abs=0.12)
+    # one picture may lose 0.14 (seen once; 0.10 at most of 120 others): the mean of four is held closer
+    assert (camera_travel(soft) / camera_travel(fast)).mean() == pytest.approx(1.0, abs=0.1)
     still = fast[:, :, :1].expand_as(fast)
     flicker = (still + 0.1 * torch.randn(4, 3, *SIZE)).clamp(-1, 1)
     assert camera_travel(still).max() == pytest.approx(0, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Plans from numbers alone: cards of every size, models of true sizes."""
+"""Plans from numbers alone: cards of every size, models of true sizes; and how near formulas are to measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from turbowan.errors import MachineError
-from turbowan.memory.activations import Work, decode_bytes, decode_grid
+from turbowan.memory.activations import Work, decode_bytes, decode_grid, denoise_bytes, token_bytes
 from turbowan.memory.catalog import COMMON, common_model
 from turbowan.memory.plan import Model, Place, Plan, make_plan
 from turbowan.memory.room import CONTEXT, Room
@@ -36,6 +36,28 @@ def plan(name: str, resolution: str, gb: float, mode: str = "auto", host: int = 
     model, work = common_model(name)
     width, height = SIZES[resolution]
     return make_plan(model, replace(work, width=width, height=height), card(gb, host), mode)
+
+
+@pytest.mark.parametrize("line", (RESULTS / "transformer.jsonl").read_text().splitlines())
+def test_a_step_takes_what_was_measured(line: str) -> None:
+    """Never less, at most an eighth more; the 256 MiB that the benchmark empties the cache with go off. When these were
+    measured, blocks held the old stream and its change to their end, and what both attentions gave; in the first
+    records the embedded tokens were held all the time, and q, k and v while the result was projected."""
+    record = json.loads(line)
+    if "size" not in record:
+        pytest.skip("of a time when records did not tell the model")
+    config = common_model(record["size"])[0].config
+    width, height = SIZES["720p" if "1280x720" in record["case"] else "480p"]
+    work = Work(width, height, record["shape"]["num_frames"], noises=0, eight_bit=record["precision"] == "int8")
+    now, stream = token_bytes(config, work), 2 * config.dim  # bytes a token
+    held = {part: count + 2 * stream for part, count in now.items()}
+    held["feed_forward"] += 2 * stream
+    most = max(held.values())
+    if record["commit"] in ("3c252b4", "e01bdbc"):
+        most = stream + max(held["feed_forward"], held["projection"] + 5 * stream)
+    planned = denoise_bytes(config, work) + work.tokens * (most - max(now.values()))
+    measured = record["peak_gib"] - record["weights_gib"] - 0.25
+    assert 1.01 <= planned / 2**30 / measured < 1.13
 
 
 def test_a_whole_pipeline_takes_what_was_measured() -> None:
@@ -78,9 +100,9 @@ def test_every_plan_fits_and_a_larger_card_never_does_worse(name: str, resolutio
         ("14B int8", "720p", 80, "everything stays on the device"),
         ("A14B-I2V int8", "480p", 24, "experts take turns"),
         ("A14B-I2V int8", "720p", 24, "experts take turns"),
-        ("A14B-I2V int8", "720p", 20, "[23]. of 40 blocks stay while in use, the others stream"),
-        ("A14B-I2V int8", "720p", 16, "[12]. of 40 blocks stay while in use, the others stream"),
-        ("A14B-I2V int8", "480p", 12, "[12]. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "720p", 20, "3. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "720p", 16, "2. of 40 blocks stay while in use, the others stream"),
+        ("A14B-I2V int8", "480p", 12, "2. of 40 blocks stay while in use, the others stream"),
         ("A14B-I2V int8", "720p", 141, "everything stays on the device"),
     ],
 )  # fmt: skip

@@ -83,17 +83,20 @@ def test_training_resumes(tmp_path: Path, fresh_seed: int) -> None:
 
 
 def test_the_loss_falls(fresh_seed: int) -> None:
-    """On four pictures, in thirty steps."""
-    vae = started_vae(fresh_seed).train()
-    clips = draw_clips(CONFIG, Phase(1.0, 1, 24, 24, 4), torch.Generator().manual_seed(fresh_seed), CPU)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    losses = []
-    for _ in range(30):
-        terms = loss_terms(vae, clips)
-        (terms["l1"] + terms["mse"] + 0.5 * terms["edge"] + 1e-4 * terms["kl"]).backward()
-        clip_and_step([optimizer], list(vae.parameters()), 1e-3, 1.0)
-        losses.append(terms["l1"].item())
-    assert min(losses[15:]) < 0.98 * losses[0]  # of 220 draws 0.94 at most, 0.58 on average; it does not fall evenly
+    """On four pictures, in thirty steps: the mean of four draws, since some are hard to leave the mean of."""
+    fallen = []
+    for seed in range(fresh_seed, fresh_seed + 4):
+        vae = started_vae(seed).train()
+        clips = draw_clips(CONFIG, Phase(1.0, 1, 24, 24, 4), torch.Generator().manual_seed(seed), CPU)
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99))
+        losses = []
+        for _ in range(30):
+            terms = loss_terms(vae, clips)
+            (terms["l1"] + terms["mse"] + 0.5 * terms["edge"] + 1e-4 * terms["kl"]).backward()
+            clip_and_step([optimizer], list(vae.parameters()), 1e-3, 1.0)
+            losses.append(terms["l1"].item())
+        fallen.append(min(losses[-10:]) / losses[0])
+    assert sum(fallen) / 4 < 0.9  # 0.59 on average; of 220 single draws 1.02 at most
 
 
 def test_clips_are_windows_of_the_world(fresh_seed: int) -> None:

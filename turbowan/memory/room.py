@@ -1,4 +1,4 @@
-"""How much memory there is, and a cap on what PyTorch may take of it. The one place that asks the GPU."""
+"""How much memory there is, and a cap on what PyTorch may take of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .segments import growing, segments_grow
 CONTEXT = 5 * 10**8  # bytes of a GPU that a process takes before PyTorch takes any: driver, loaded kernels
 MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: scratch of convolutions, loaded kernels
 # What PyTorch's allocator holds at most over what lives at once, where its segments grow and where they do not: tensors
-# of several sizes come and go, and what is left between them is lost. Found by replaying the stages' tensors.
+# of several sizes come and go, and what is left between them is lost. From a replay of the stages' tensors in a model
+# of the allocator: not measured on a GPU yet (`benchmarks/memory.py` shows what is reserved).
 GROWING, FIXED = {"denoise": 1.07, "decode": 1.15}, {"denoise": 1.45, "decode": 1.5}
 HOST_MARGIN, HOST_SHARE = 10**9, 0.9  # of the host's free memory this much may hold weights, less a margin
 PINNED_SHARE = 0.7  # of the host's free memory, at most, is locked
@@ -64,7 +65,7 @@ class Room:
         return max(0, int(self.host * HOST_SHARE) - HOST_MARGIN)
 
     def spread(self, stage: str) -> float:
-        """What the allocator holds in a stage over what lives at once."""
+        """What the allocator holds in a stage ("denoise" or "decode") over what lives at once: a factor."""
         return (GROWING if self.grows else FIXED)[stage] if self.on_gpu else 1.0
 
     @property

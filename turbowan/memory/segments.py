@@ -27,6 +27,11 @@ def segments_grow(device: torch.device) -> bool:
     return _works(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def _ours() -> bool:
+    """Whether it is left to us."""
+    return torch.cuda.get_allocator_backend() == "native" and not user_settings()
+
+
 def user_settings() -> str:
     """Of PyTorch's allocator, from the environment."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -37,7 +42,7 @@ def user_settings() -> str:
 def growing(device: torch.device) -> Iterator[None]:
     """New segments grow for as long as this is open, in the whole process; nothing changes where they cannot or where
     the user set PyTorch up."""
-    if user_settings() or torch.cuda.get_allocator_backend() != "native" or not segments_grow(device):
+    if not _ours() or not segments_grow(device):
         yield
         return
     _count(1)
@@ -64,6 +69,8 @@ def _works(index: int) -> bool:
     _count(1)
     try:
         torch.empty(unused + _PIECE, dtype=torch.uint8, device=f"cuda:{index}")
+    except torch.OutOfMemoryError:
+        return True  # the card is full; a driver that cannot gives another error
     except RuntimeError:
         return False
     finally:
