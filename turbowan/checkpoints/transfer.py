@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..streams import side_stream
 from .mapped import FileMaps, Place
 
 # guesses: large enough that starting a read costs nothing, small enough that copies begin at once
@@ -112,7 +112,7 @@ def transfer(
         pool.shutdown(wait=True, cancel_futures=True)
         files.close()
         if device.type == "cuda":  # of a load that broke off: nothing may be copied into memory that is given back
-            _stream(device).synchronize()
+            side_stream(device, "load").synchronize()
 
 
 def _chunks(group: Mapping[str, Item], maps: FileMaps) -> Iterator[_Chunk]:
@@ -199,19 +199,13 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@cache
-def _stream(device: torch.device) -> Any:
-    """One for all loads: memory that was used on a stream is only used again on it."""
-    return torch.cuda.Stream(device)
-
-
 class _Beside:
     """Copies to a device on a stream of their own, which starts when all work of the current one is done that used the
     memory copied to before."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = _stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device, "load") if device.type == "cuda" else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..streams import side_stream
+
 # Chunks on their way, at most: more than twice as many as a decoder makes in one go, so that waiting for the oldest
 # never keeps the device idle. Of 4 frames of 1280x720: 133 MB of pinned memory, which PyTorch keeps and uses again.
 IN_FLIGHT = 12
@@ -44,16 +46,14 @@ class _Way:
 
     def __init__(self) -> None:
         self._sent: deque[tuple[torch.cuda.Event, Tensor, Tensor, int, int]] = deque()
-        self._stream: torch.cuda.Stream | None = None
 
     def send(self, frames: Tensor, start: int, stop: int) -> None:
         frames = frames.contiguous()  # kept until it has arrived: its memory must not be used again before
         pinned = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(frames.device)
-        self._stream.wait_stream(torch.cuda.current_stream(frames.device))
+        stream = side_stream(frames.device, "frames")
+        stream.wait_stream(torch.cuda.current_stream(frames.device))
         arrival = torch.cuda.Event(blocking=True)  # the host sleeps until then: its cores are encoding
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             pinned.copy_(frames, non_blocking=True)
             arrival.record()
         self._sent.append((arrival, frames, pinned, start, stop))

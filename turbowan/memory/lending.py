@@ -9,6 +9,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..streams import side_stream
+
 Adjust = Callable[[nn.Module, str, Tensor], Tensor]
 Copies = list[tuple[nn.Module, str, Tensor]]
 Memory = Callable[[int, int, torch.device], Tensor]
@@ -175,7 +177,7 @@ class Lender:
         memory = self.memory(i, together_bytes(sources), device)
         targets = dict(zip(map(id, sources), laid_out(memory, sources), strict=True))
         if beside and device.type == "cuda":
-            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream = side_stream(device, "weights")
             self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
                 _copy(sources, targets)

@@ -12,7 +12,7 @@ from ..machine import free_memory
 from ..request import parse_bytes
 from .segments import growing, segments_grow
 
-CONTEXT = 5 * 10**8  # bytes of a GPU that a process takes before PyTorch takes any: driver, loaded kernels
+CONTEXT = 9 * 10**8  # bytes of a GPU that a process takes besides PyTorch's: driver, kernels (0.80-0.87 GB on an H200)
 MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: scratch of convolutions, loaded kernels
 # What PyTorch's allocator holds at most over what lives at once, where its segments grow and where they do not: tensors
 # of several sizes come and go, and what is left between them is lost. From a replay of the stages' tensors in a model
