@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
@@ -19,6 +18,7 @@ from torch import nn
 import turbowan
 from turbowan import Engine, GenerateRequest
 from turbowan.errors import MachineError, Note
+from turbowan.machine import trim_heap
 from turbowan.memory.plan import Place, Plan, make_plan
 
 SMALL = {"width": 64, "height": 48, "num_frames": 5, "num_steps": 2, "boundary": 0.95}
@@ -157,7 +157,7 @@ def test_memory_stays_flat_over_many_requests(forced: Callable[[str], None]) -> 
 
     def held() -> int:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        trim_heap()
         _, resident, of_files, *_ = map(int, statm.read_text().split())
         return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
 

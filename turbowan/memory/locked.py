@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import finalize
 
@@ -26,8 +28,7 @@ class Locked:
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         size = -(-together_bytes(tensors) // _PAGE) * _PAGE  # whole pages, which no other memory shares
-        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
-        memory = memory[-memory.data_ptr() % _PAGE :][:size]
+        memory = _pages(size)
         with torch.cuda.device(device):  # else a context is made on the first GPU
             code = int(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
             if code != 0:
@@ -37,6 +38,21 @@ class Locked:
         self.tensors = laid_out(memory, tensors)
         for target, tensor in zip(self.tensors, tensors, strict=True):
             target.copy_(tensor.detach())
+
+
+def _pages(size: int) -> Tensor:
+    """uint8 [size], in large pages where Linux has them: they are locked six times as fast. Written to by all cores,
+    since whoever locks a page that was never used takes it from the system with a single one."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise RuntimeError(f"no {size:,} bytes of host memory: {error.strerror}") from error
+        with suppress(OSError):  # a system without large pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(mapped, dtype=torch.uint8).zero_()
+    memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % _PAGE :][:size].zero_()
 
 
 def _unlock(memory: Tensor, device: torch.device) -> None:
