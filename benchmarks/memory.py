@@ -40,7 +40,7 @@ def run(
     }  # fmt: skip
     size = presets.frame_size(GenerateRequest(**request))
     image = size if preset.experts else None
-    facts: dict[str, Any] = {"case": case, "budget": budget, "text_encoder": text, "layers": layers}
+    facts: dict[str, Any] = {"case": f"{case} {budget}", "budget": budget, "text_encoder": text, "layers": layers}
     try:
         picture = None if image is None else made_picture(*image)
         plan = Engine.load(home, device=device).plan(GenerateRequest(**request, image=picture))

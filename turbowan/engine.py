@@ -19,7 +19,7 @@ from .checkpoints.tokenizer import find_tokenizer
 from .clock import Progress as Progress
 from .clock import ProgressCallback
 from .errors import CheckpointError, MachineError, Note, RequestError
-from .machine import check_torch, peak_host_memory
+from .machine import check_torch, peak_host_memory, trim_heap
 from .media.image import read_image
 from .memory.activations import Work
 from .memory.nearest import nearest
@@ -158,6 +158,8 @@ class Engine:
         except BaseException:
             self.parts.rest()
             raise
+        finally:
+            trim_heap()
         return GenerateResult(
             videos=videos,
             fps=settings.fps,

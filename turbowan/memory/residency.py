@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import Note
-from ..machine import size_text, trim_heap
+from ..machine import size_text
 from .embeddings import Embeddings
 from .hosted import Change, Hosted
 from .plan import Place
@@ -191,7 +191,6 @@ class Residency:
             part.leave()
         del part
         gc.collect()
-        trim_heap()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
