@@ -166,6 +166,17 @@ def test_a_sink_that_fails_ends_the_generation_and_the_next_one_works(tiny):
     assert again.events == [0, 0, 0]
 
 
+def test_freed_memory_goes_back_after_each_request_however_it_ends(tiny, monkeypatch):
+    done = []
+    monkeypatch.setattr("turbowan.engine.trim_heap", lambda: done.append(1))
+    request = GenerateRequest(prompt="a red circle", num_steps=1, **SMALL)
+    quiet(tiny, request)
+    assert len(done) == 1
+    with pytest.raises(OSError, match="no room"):
+        quiet(tiny, request, sink=Sink(fails_at=1))
+    assert len(done) == 2
+
+
 @pytest.mark.parametrize("sampler", ["rcm", "euler", "unipc"])
 def test_previews_come_nearer_to_the_video_and_change_nothing(tiny, sampler):
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from turbowan import machine
+from turbowan.bench.memory_watch import host_memory
 from turbowan.errors import MachineError
+from turbowan.machine import trim_heap
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +56,15 @@ def test_the_required_packages_are_those_of_the_project() -> None:
     found = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in dependencies)  # type: ignore[union-attr]
     found.pop("tomli")  # part of Python from 3.11 on
     assert found == machine.REQUIRED
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="C's allocator knows no way")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    pieces = [bytes(50_000) for _ in range(4000)]
+    taken = host_memory()["own"]
+    del pieces[:-1]  # what the last one keeps from shrinking
+    trim_heap()
+    assert host_memory()["own"] < taken - 150 * 10**6
 
 
 def test_versions_compare_as_numbers() -> None:

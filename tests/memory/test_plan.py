@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from turbowan.errors import MachineError
-from turbowan.memory.activations import Work, decode_bytes, decode_grid, denoise_bytes
+from turbowan.memory.activations import Work, decode_bytes, decode_grid, denoise_bytes, token_bytes
 from turbowan.memory.catalog import COMMON, common_model
 from turbowan.memory.plan import Model, Place, Plan, make_plan
 from turbowan.memory.room import CONTEXT, Room
 from turbowan.memory.sizes import PartSize
 from turbowan.models.transformer import TransformerConfig
 from turbowan.models.vae_tiles import Grid
-from turbowan.request import parse_bytes
 
 GB = 10**9
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
@@ -45,29 +44,40 @@ def records(file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("record", [r for r in records("transformer.jsonl") if r["commit"] not in BEFORE_BLOCKS_FREED])
+@pytest.mark.parametrize("record", records("transformer.jsonl"), ids=lambda record: record["case"])
 def test_a_step_takes_what_was_measured(record: dict[str, Any]) -> None:
-    """Less the 256 MiB that the benchmark empties the cache with."""
+    """At most an eighth more, and less only by what `spread` covers. The 256 MiB that the benchmark empties the cache
+    with go off. In older records blocks held the old stream and its change to their end, and what both attentions gave,
+    and q, k and v while the result was projected; the embedded tokens were held all the time."""
+    if "size" not in record:
+        pytest.skip("of a time when records did not tell the model")
     config = common_model(record["size"])[0].config
     width, height = SIZES["720p" if "1280x720" in record["case"] else "480p"]
     work = Work(width, height, record["shape"]["num_frames"], noises=0, eight_bit=record["precision"] == "int8")
+    planned, least = denoise_bytes(config, work), 0.97
+    if record["commit"] in BEFORE_BLOCKS_FREED:
+        now, stream = token_bytes(config, work), 2 * config.dim  # bytes a token
+        then = max(now["feed_forward"] + 4 * stream, now["projection"] + 7 * stream)
+        planned, least = planned + work.tokens * (stream + then - max(now.values())), 1.01
     measured = record["peak_gib"] - record["weights_gib"] - 0.25
-    assert denoise_bytes(config, work) / 2**30 == pytest.approx(measured, rel=0.03)
+    assert least <= planned / 2**30 / measured < 1.13
 
 
-@pytest.mark.parametrize("record", [r for r in records("memory.jsonl") if r.get("gpu_budget") and r["run"] == "warm"])
+@pytest.mark.parametrize("record", [r for r in records("memory.jsonl") if r.get("gpu_budget")], ids=lambda r: r["case"])
 def test_a_request_within_a_budget_takes_what_was_measured(record: dict[str, Any]) -> None:
-    """What lived at once, in steps where nothing but the expert in use was on the GPU; and the budget was kept."""
-    shape, plan = record["shape"], record["plan"]
+    """What lived at once was in steps, where of all parts only the expert in use is on the GPU; and PyTorch kept to its
+    share of the budget, CUDA to the rest."""
+    shape, plan, peak = record["shape"], record["plan"], record["peak_gib"]
     name = "1.3B" if record["case"].startswith("1.3B") else "A14B-I2V int8"
     model, work = common_model(name, shape["width"], shape["height"])
     size, resident = model.parts[model.nets[0]], plan["places"][model.nets[0]]["resident"]
     streamed = resident < len(size.blocks)
     weights = size.rest + (resident + 2) * size.largest_block if streamed else size.total
-    expected = (weights + denoise_bytes(model.config, work, told=False)) / 2**30
-    assert record["peak_gib"]["gpu_by_pytorch"] == pytest.approx(expected, rel=0.03)
-    assert max(plan["peaks"].values()) <= plan["usable"]
-    assert record["peak_gib"]["gpu"] * 2**30 <= parse_bytes(record["budget"]) + 5 * 10**8
+    lived, planned = peak["gpu_by_pytorch"] * 2**30 - weights, denoise_bytes(model.config, work, told=False)
+    assert 0.95 * lived <= planned
+    assert lived + weights <= max(plan["peaks"].values())
+    assert peak["gpu_reserved"] * 2**30 <= plan["cap"]
+    assert peak["gpu"] * 2**30 <= plan["cap"] + CONTEXT
 
 
 def test_a_whole_pipeline_takes_what_was_measured() -> None:

@@ -20,6 +20,7 @@ from turbowan import Engine, GenerateRequest
 from turbowan.errors import MachineError, Note
 from turbowan.machine import trim_heap
 from turbowan.memory.plan import Place, Plan, make_plan
+from turbowan.memory.room import CONTEXT
 
 SMALL = {"width": 64, "height": 48, "num_frames": 5, "num_steps": 2, "boundary": 0.95}
 PICTURE = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -200,12 +201,12 @@ def test_a_budget_caps_what_is_taken_on_a_gpu() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     capped = frames(engine, "int8", gpu_budget="2GB")
-    assert torch.cuda.max_memory_reserved() <= 1.5e9
+    assert torch.cuda.max_memory_reserved() <= 2e9 - CONTEXT
     assert np.array_equal(capped, wanted)
     assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
     del engine
     with pytest.raises(MachineError, match=r"fits|nothing smaller"):
-        frames(Engine.load("tiny-i2v", device="cuda"), "int8", gpu_budget="600MB")
+        frames(Engine.load("tiny-i2v", device="cuda"), "int8", gpu_budget="1GB")
     free = torch.cuda.mem_get_info()[0]
     if free > 4 * 10**9:
         assert torch.empty(3 * 10**9, dtype=torch.uint8, device="cuda").numel()

@@ -28,7 +28,7 @@ class Locked:
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         size = -(-together_bytes(tensors) // _PAGE) * _PAGE  # whole pages, which no other memory shares
-        memory = _pages(size)
+        memory = whole_pages(size)
         with torch.cuda.device(device):  # else a context is made on the first GPU
             code = int(_runtime().cudaHostRegister(memory.data_ptr(), size, 0))
             if code != 0:
@@ -40,9 +40,15 @@ class Locked:
             target.copy_(tensor.detach())
 
 
-def _pages(size: int) -> Tensor:
-    """uint8 [size], in large pages where Linux has them: they are locked six times as fast. Written to by all cores,
-    since whoever locks a page that was never used takes it from the system with a single one."""
+def whole_pages(size: int) -> Tensor:
+    """Zeros, uint8 [size], from the start of a page on, for a size of whole pages.
+
+    In large pages where Linux has them, and written to by all cores: whoever locks pages that were never used takes
+    them from the system one by one, which is six times as slow.
+
+    Raises:
+        RuntimeError: there is not so much memory.
+    """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
