@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +59,23 @@ def test_the_required_packages_are_those_of_the_project() -> None:
     found = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in dependencies)  # type: ignore[union-attr]
     found.pop("tomli")  # part of Python from 3.11 on
     assert found == machine.REQUIRED
+
+
+def test_windows_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(pointer: Any) -> int:
+        status = pointer._obj
+        assert status.length == ctypes.sizeof(status) == 64
+        status.total, status.free = 32 * 10**9, 20 * 10**9
+        return 1
+
+    def missing(_: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.Path, "read_text", missing)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=answer)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    assert machine.free_memory() == 20 * 10**9
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="C's allocator knows no way")

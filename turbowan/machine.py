@@ -83,7 +83,7 @@ def host() -> dict[str, object]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "cpu_threads": threads,
-        "memory": _pages("SC_PHYS_PAGES"),
+        "memory": _windows_memory()[0] or _pages("SC_PHYS_PAGES"),
         "memory_free": free_memory(),
     }
 
@@ -144,7 +144,7 @@ def free_memory() -> int | None:
         found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
         if found:
             return min([int(found[1]) * 1024, *left_in_container()])
-    return _pages("SC_AVPHYS_PAGES") or _pages("SC_PHYS_PAGES")
+    return _windows_memory()[1] or _pages("SC_AVPHYS_PAGES") or _pages("SC_PHYS_PAGES")
 
 
 def left_in_container(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -180,6 +180,24 @@ def peak_host_memory() -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("total", ctypes.c_uint64), ("free", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 5),
+    )  # fmt: skip
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    """Bytes of memory that there are, and that are free; None where this is no Windows."""
+    if sys.platform == "win32":
+        status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return status.total, status.free
+    return None, None
 
 
 def _pages(name: str) -> int | None:

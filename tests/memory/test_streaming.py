@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,15 @@ from torch import nn
 
 import turbowan
 from turbowan import Engine, GenerateRequest
+from turbowan.checkpoints.mapped import FileMaps
 from turbowan.errors import MachineError, Note
 from turbowan.machine import trim_heap
+from turbowan.memory.hosted import Hosted
 from turbowan.memory.plan import Place, Plan, make_plan
 from turbowan.memory.room import CONTEXT
+from turbowan.memory.sizes import part_size
+from turbowan.models.pack import prepare_block
+from turbowan.stages import LOADERS
 
 SMALL = {"width": 64, "height": 48, "num_frames": 5, "num_steps": 2, "boundary": 0.95}
 PICTURE = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -228,3 +234,30 @@ def test_a_refusal_names_what_fits() -> None:
         with pytest.raises(MachineError, match="nothing smaller fits either"):
             engine.plan(replace(big, gpu_budget="1MB"))
     assert engine.parts.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("role", "dtype", "format"),
+    [
+        ("transformer", torch.bfloat16, None),
+        ("transformer", torch.float32, None),
+        ("transformer", torch.bfloat16, "int8_row"),
+        ("text_encoder", torch.bfloat16, None),
+        ("text_encoder", torch.float32, None),
+    ],
+)
+def test_what_a_part_takes_of_the_host_while_it_streams_from_its_file(
+    role: str, dtype: torch.dtype, format: str | None
+) -> None:
+    """What is in the file as it is used stays there."""
+    engine = Engine.load("tiny", device="cpu")
+    size, path = part_size(engine.outlines[role], dtype, format), engine.manifest.files[role]
+    change = None if format is None else partial(prepare_block, linears=format, dtype=dtype)
+    part = LOADERS[role](path, "cpu", dtype)
+    place = Place("disk", size.total, len(size.blocks))
+    Hosted(part, place, torch.device("cpu"), change)
+    maps = FileMaps()
+    weights = {id(weight): weight for weight in (*part.parameters(), *part.buffers())}.values()
+    taken = sum(weight.nbytes for weight in weights if maps.locate(weight.detach()) is None)
+    assert taken == pytest.approx(size.anew, rel=0.02, abs=size.rest)
+    assert (size.anew == 0) == (taken == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -50,7 +51,7 @@ def common_model(name: str, width: int = 832, height: int = 480, frames: int = 8
     config, format, two = COMMON[name]
     with torch.device("meta"):
         net = WanTransformer(config).bfloat16()
-    size = part_size(net, torch.bfloat16, format)
+    size = replace(part_size(net, torch.bfloat16, format), anew=0)  # files hold it so
     text, vae = _encoders()
     nets = {"high_noise": size, "low_noise": size} if two else {"transformer": size}
     model = Model(name, {**nets, "text_encoder": text, "vae": vae}, config, UMT5_XXL["width"])

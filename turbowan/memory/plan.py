@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import MachineError
@@ -74,7 +74,8 @@ class Plan:
     places: by role. peaks: bytes on the device at most, by stage, 0 where a stage has nothing to do. usable: bytes they
     had to fit in. cap: bytes PyTorch is held to, with a budget. decode_budget, encode_budget: bytes for the VAE's
     layers (None: it may choose). grid: what decoding will make of it. early: the transformers load while the text is
-    encoded. longer: and while the picture is, and the first of two denoises.
+    encoded. longer: and while the picture is, and the first of two denoises. host: bytes of weights at most in the
+    host's memory, of an engine on a GPU.
     """
 
     mode: str
@@ -86,6 +87,7 @@ class Plan:
     grid: Grid
     early: bool
     longer: bool = True
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -142,6 +144,8 @@ class Plan:
         for stage, peak in self.peaks.items():
             if peak:
                 yield stage, size_text(peak), "tiles: " + _grid_text(self.grid) if stage == "decode" else ""
+        if self.host:
+            yield "host memory", size_text(self.host), f"weights; {size_text(self.room.host)} to be had"
         budget = "" if self.room.budget is None else f", budget {size_text(self.room.budget)}"
         yield "usable", size_text(self.usable), f"{size_text(self.room.limit)} {self.room.place}{budget}, less a margin"
 
@@ -154,6 +158,7 @@ class Plan:
         return {
             "mode": self.mode, "summary": self.summary, "usable": self.usable, "cap": self.cap, "places": places,
             "peaks": dict(self.peaks), "early": self.early, "tiles": [self.grid.rows, self.grid.columns],
+            "host": self.host,
         }  # fmt: skip
 
 
@@ -200,7 +205,7 @@ def make_plan(model: Model, work: Work, room: Room, mode: str = "auto") -> Plan:
     plans = _candidates(model, work, room, mode)
     last: Plan | None = None
     for last in plans:
-        if last.peak <= room.usable:
+        if last.peak <= room.usable and last.host <= room.host:
             return last
     assert last is not None
     if not room.on_gpu and room.budget is None:
@@ -210,6 +215,10 @@ def make_plan(model: Model, work: Work, room: Room, mode: str = "auto") -> Plan:
     if work.samples > 1:
         what += f", {work.samples} samples"
     asks = f"with memory '{mode}'" if mode == "speed" else "at the least"
+    if peak <= room.usable:
+        raise MachineError(
+            f"{what}: weights take {size_text(last.host)} of the host's memory {asks}, which has {size_text(room.host)}"
+        )
     raise MachineError(
         f"{what}: {stage} takes {size_text(peak)} {asks}, more than the {size_text(room.usable)} to be had"
         f" ({size_text(room.limit)} {room.place}, less a margin)"
@@ -237,13 +246,21 @@ def _candidates(model: Model, work: Work, room: Room, mode: str) -> Iterator[Pla
 
 
 def _hosted(model: Model, room: Room) -> dict[str, str]:
-    """Homes on the host for as long as there is room, those first that are used most."""
+    """Homes on the host for as long as there is room, also for what one of the others takes there; those first that are
+    used most."""
     free, homes = room.usable_host, dict.fromkeys(model.parts, "disk")
     for role in (*model.nets, "vae", "image_encoder", "text_encoder"):
-        if role in model.parts and model.parts[role].total <= free:
-            homes[role] = "host"
-            free -= model.parts[role].total
+        if role in model.parts:
+            others = [other for other in homes if other != role and homes[other] == "disk"]
+            if model.parts[role].total + _anew(model, others) <= free:
+                homes[role] = "host"
+                free -= model.parts[role].total
     return homes
+
+
+def _anew(model: Model, roles: Iterable[str]) -> int:
+    """Of the host's memory, what these parts take at most when each in its turn streams from its file."""
+    return max((model.parts[role].anew for role in roles), default=0)
 
 
 def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str, str]) -> Plan:
@@ -303,7 +320,11 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "switch": denoise if len(model.nets) > 1 else 0,
         "decode": beside + int(decoding * decode_bytes(model.coder, work, grid)),
     }
-    return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early, longer)
+    host = 0
+    if room.on_gpu:
+        host = sum(place.nbytes for place in places.values() if place.home == "host")
+        host += _anew(model, [role for role, place in places.items() if place.home == "disk" and place.streamed])
+    return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early, longer, host)
 
 
 def _decoding(coder: Coder, work: Work, spare: int) -> tuple[int, Grid]:

@@ -19,12 +19,14 @@ class PartSize:
     """Bytes of a part's weights.
 
     rest: what is in no block. blocks: of each, in the order they run; empty for parts that are used as a whole.
-    rounding: what turning one block's layers into another format takes for a moment.
+    rounding: what turning one block's layers into another format takes for a moment. anew: of the host's memory, what a
+    part takes whose blocks stream from its file: the weights that are used in another dtype or format than the file's.
     """
 
     rest: int
     blocks: tuple[int, ...] = ()
     rounding: int = 0
+    anew: int = 0
 
     @property
     def total(self) -> int:
@@ -57,9 +59,10 @@ def part_size(part: nn.Module, dtype: torch.dtype, format: str | None = None) ->
             for own, weight in _own(module)
         )  # fmt: skip
         largest = max((_elements(m) for m in part.blocks.modules() if is_rounded(m)), default=0)
-        return PartSize(rest, sizes, 4 * 4 * largest if target else 0)  # float32, thrice while codes are made
+        rounding = 4 * 4 * largest if target else 0  # float32, thrice while codes are made
+        return PartSize(rest, sizes, rounding, sum(sizes) if target else _converted(part, dtype, TRANSFORMER_FLOAT32))
     own_blocks = tuple(_bytes(block, dtype) for block in blocks)
-    return PartSize(_bytes(part, dtype) - sum(own_blocks), own_blocks)
+    return PartSize(_bytes(part, dtype) - sum(own_blocks), own_blocks, anew=_converted(part, dtype))
 
 
 def _transformer_bytes(block: nn.Module, dtype: torch.dtype, format: str | None) -> int:
@@ -96,11 +99,22 @@ def _bytes(part: nn.Module, dtype: torch.dtype) -> int:
     return sum(_stored("", weight, dtype) for weight in weights.values())
 
 
+def _converted(part: nn.Module, dtype: torch.dtype, float32_parts: Sequence[str] = ()) -> int:
+    """Of the weights that are in another dtype than their file's."""
+    weights = {id(w): (name, w) for name, w in (*part.named_parameters(), *part.named_buffers())}.values()
+    rules = dtype, float32_parts
+    return sum(_stored(name, w, *rules) for name, w in weights if _target(name, w, *rules) != w.dtype)
+
+
 def _stored(name: str, weight: Tensor, dtype: torch.dtype, float32_parts: Sequence[str] = ()) -> int:
+    return weight.numel() * _target(name, weight, dtype, float32_parts).itemsize
+
+
+def _target(name: str, weight: Tensor, dtype: torch.dtype, float32_parts: Sequence[str]) -> torch.dtype:
     """As `checkpoints.assign` would have it: 8 bits stay, and float32 where the file has it and the layer wants it."""
     if weight.element_size() == 1 or not weight.is_floating_point():
-        return weight.nbytes
+        return weight.dtype
     wide = name.endswith(("scale", "scale_weight")) or (
         weight.dtype == torch.float32 and any(piece in name for piece in float32_parts)
     )
-    return weight.numel() * (4 if wide else dtype.itemsize)
+    return torch.float32 if wide else dtype
