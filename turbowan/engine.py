@@ -19,7 +19,7 @@ from .checkpoints.tokenizer import find_tokenizer
 from .clock import Progress as Progress
 from .clock import ProgressCallback
 from .errors import CheckpointError, MachineError, Note, RequestError
-from .machine import check_torch, peak_host_memory, trim_heap
+from .machine import check_torch, peak_host_memory, size_text, trim_heap
 from .media.image import read_image
 from .memory.activations import Work
 from .memory.nearest import nearest
@@ -125,6 +125,10 @@ class Engine:
             for line in job.how.changes(self.outlines):
                 warnings.warn(line, Note, stacklevel=2)
         plan, settings = job.plan, job.settings
+        if plan.host > plan.room.host:
+            had = size_text(plan.room.host)
+            note = f"weights take {size_text(plan.host)} of the host's memory, which has {had}: it may swap"
+            warnings.warn(note, Note, stacklevel=2)
         self.parts.follow(plan.places)
         facts = {"model": self.manifest.name, **settings.as_dict(), **job.how.facts()}
         if sink is not None:

@@ -116,6 +116,13 @@ def test_another_size_another_plan(forced: Callable[[str], None]) -> None:
         assert np.array_equal(frames(engine, "int8_block"), wanted)
 
 
+def test_a_host_that_would_swap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load("tiny", device="cpu")
+    monkeypatch.setattr("turbowan.engine.make_plan", lambda *args: replace(make_plan(*args), host=10**15))
+    with pytest.warns(Note, match=r"weights take 1000000\.0 GB of the host's memory, which has .* it may swap"):
+        engine.generate(GenerateRequest(prompt="a ring", **{**SMALL, "boundary": None}))
+
+
 def test_an_end_in_the_middle_leaves_nothing_behind(forced: Callable[[str], None]) -> None:
     engine = Engine.load("tiny-i2v", device="cpu")
     forced("half streamed")
@@ -259,5 +266,4 @@ def test_what_a_part_takes_of_the_host_while_it_streams_from_its_file(
     maps = FileMaps()
     weights = {id(weight): weight for weight in (*part.parameters(), *part.buffers())}.values()
     taken = sum(weight.nbytes for weight in weights if maps.locate(weight.detach()) is None)
-    assert taken == pytest.approx(size.anew, rel=0.02, abs=size.rest)
-    assert (size.anew == 0) == (taken == 0)
+    assert taken <= size.converted <= taken + size.rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import MachineError
@@ -202,11 +202,15 @@ def make_plan(model: Model, work: Work, room: Room, mode: str = "auto") -> Plan:
         MachineError: not even the one that takes the least fits; where nothing is limited by anything but the host's
             own memory, which may swap, there is always a plan.
     """
-    plans = _candidates(model, work, room, mode)
     last: Plan | None = None
-    for last in plans:
-        if last.peak <= room.usable and last.host <= room.host:
-            return last
+    fits: Plan | None = None
+    for last in _candidates(model, work, room, mode):
+        if last.peak <= room.usable:
+            fits = last
+            if last.host <= room.host:  # else the host would swap, if no other fits better
+                break
+    if fits is not None:
+        return fits
     assert last is not None
     if not room.on_gpu and room.budget is None:
         return last
@@ -215,10 +219,6 @@ def make_plan(model: Model, work: Work, room: Room, mode: str = "auto") -> Plan:
     if work.samples > 1:
         what += f", {work.samples} samples"
     asks = f"with memory '{mode}'" if mode == "speed" else "at the least"
-    if peak <= room.usable:
-        raise MachineError(
-            f"{what}: weights take {size_text(last.host)} of the host's memory {asks}, which has {size_text(room.host)}"
-        )
     raise MachineError(
         f"{what}: {stage} takes {size_text(peak)} {asks}, more than the {size_text(room.usable)} to be had"
         f" ({size_text(room.limit)} {room.place}, less a margin)"
@@ -243,24 +243,23 @@ def _candidates(model: Model, work: Work, room: Room, mode: str) -> Iterator[Pla
             encoders = {role: home for role, home in hosted.items() if role in ("text_encoder", "image_encoder")}
             yield _planned(model, work, room, mode, {**everything, **encoders})
         yield _planned(model, work, room, mode, hosted)
+        yield _planned(model, work, room, mode, _hosted(model, room, apart=True))
 
 
-def _hosted(model: Model, room: Room) -> dict[str, str]:
-    """Homes on the host for as long as there is room, also for what one of the others takes there; those first that are
-    used most."""
+def _hosted(model: Model, room: Room, apart: bool = False) -> dict[str, str]:
+    """Homes on the host for as long as there is room, those first that are used most.
+
+    Args:
+        apart: keep room for what any of the others takes there while it is read.
+    """
     free, homes = room.usable_host, dict.fromkeys(model.parts, "disk")
     for role in (*model.nets, "vae", "image_encoder", "text_encoder"):
         if role in model.parts:
-            others = [other for other in homes if other != role and homes[other] == "disk"]
-            if model.parts[role].total + _anew(model, others) <= free:
+            others = [size.converted for other, size in model.parts.items() if homes[other] == "disk" and other != role]
+            if model.parts[role].total + (max(others, default=0) if apart else 0) <= free:
                 homes[role] = "host"
                 free -= model.parts[role].total
     return homes
-
-
-def _anew(model: Model, roles: Iterable[str]) -> int:
-    """Of the host's memory, what these parts take at most when each in its turn streams from its file."""
-    return max((model.parts[role].anew for role in roles), default=0)
 
 
 def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str, str]) -> Plan:
@@ -320,10 +319,12 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "switch": denoise if len(model.nets) > 1 else 0,
         "decode": beside + int(decoding * decode_bytes(model.coder, work, grid)),
     }
-    host = 0
-    if room.on_gpu:
-        host = sum(place.nbytes for place in places.values() if place.home == "host")
-        host += _anew(model, [role for role, place in places.items() if place.home == "disk" and place.streamed])
+    hosted = sum(place.nbytes for place in places.values() if place.home == "host")
+    reading = [
+        model.parts[role].converted - (place.nbytes if place.home == "host" else 0)
+        for role, place in places.items() if place.hosted
+    ]  # fmt: skip
+    host = hosted + max([0, *reading])
     return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early, longer, host)
 
 

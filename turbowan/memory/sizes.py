@@ -19,14 +19,14 @@ class PartSize:
     """Bytes of a part's weights.
 
     rest: what is in no block. blocks: of each, in the order they run; empty for parts that are used as a whole.
-    rounding: what turning one block's layers into another format takes for a moment. anew: of the host's memory, what a
-    part takes whose blocks stream from its file: the weights that are used in another dtype or format than the file's.
+    rounding: what turning one block's layers into another format takes for a moment. converted: what weights in another
+    dtype or format than the file's take of the host's memory, at most, where a part is read there.
     """
 
     rest: int
     blocks: tuple[int, ...] = ()
     rounding: int = 0
-    anew: int = 0
+    converted: int = 0
 
     @property
     def total(self) -> int:
@@ -60,9 +60,12 @@ def part_size(part: nn.Module, dtype: torch.dtype, format: str | None = None) ->
         )  # fmt: skip
         largest = max((_elements(m) for m in part.blocks.modules() if is_rounded(m)), default=0)
         rounding = 4 * 4 * largest if target else 0  # float32, thrice while codes are made
-        return PartSize(rest, sizes, rounding, sum(sizes) if target else _converted(part, dtype, TRANSFORMER_FLOAT32))
+        converted = _converted(part, dtype, TRANSFORMER_FLOAT32)  # all of it, before blocks are rounded one by one
+        if file_format(part) != "bf16":
+            converted += rest  # what is in 8 bits outside of blocks is expanded
+        return PartSize(rest, sizes, rounding, max(converted, sum(sizes) + rest if target else 0))
     own_blocks = tuple(_bytes(block, dtype) for block in blocks)
-    return PartSize(_bytes(part, dtype) - sum(own_blocks), own_blocks, anew=_converted(part, dtype))
+    return PartSize(_bytes(part, dtype) - sum(own_blocks), own_blocks, converted=_converted(part, dtype))
 
 
 def _transformer_bytes(block: nn.Module, dtype: torch.dtype, format: str | None) -> int:
