@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from turbowan.errors import MachineError
-from turbowan.memory.activations import Work, decode_bytes, decode_grid, denoise_bytes, token_bytes
+from turbowan.memory.activations import (
+    Work,
+    decode_bytes,
+    decode_fixed,
+    decode_grid,
+    decode_grids,
+    denoise_bytes,
+    piece_bytes,
+    token_bytes,
+)
 from turbowan.memory.catalog import COMMON, common_model
 from turbowan.memory.plan import Model, Place, Plan, make_plan
 from turbowan.memory.room import CONTEXT, Room
@@ -179,6 +188,25 @@ def test_the_hosts_room_is_kept_for_what_is_read_there_in_another_form() -> None
     assert made(60, model=replace(model, parts={**model.parts, **wider})).host == pytest.approx(33.1 * GB, rel=1e-3)
     own = {role: replace(size, converted=0) for role, size in experts.items()}
     assert made(1, "minimal", model=replace(model, parts={**model.parts, **own})).host == 0
+
+
+@pytest.mark.parametrize("size", [(832, 480), (480, 832), (1280, 720), (624, 624), (256, 160)])
+def test_the_bytes_that_a_grid_takes_are_enough_for_it(size: tuple[int, int]) -> None:
+    """To the byte, or frames would be cut for nothing; so the least memory, too, keeps frames whole where they fit."""
+    model, work = common_model("1.3B", *size)
+    fastest = decode_grids(model.coder, work)[0]
+    for latents in range(1, fastest.latents + 1):
+        grid = Grid(1, 1, latents)
+        rising = decode_bytes(model.coder, work, grid) - decode_fixed(model.coder, work) - piece_bytes(work, grid)
+        found = decode_grid(model.coder, work, rising)
+        assert found.whole
+        assert found.latents >= latents
+    assert make_plan(model, work, card(141), "minimal").grid == Grid(1, 1, 1)
+
+
+def test_longer_loading_needs_room_beside_the_stages() -> None:
+    assert plan("A14B-I2V int8", "720p", 141, "balanced").longer
+    assert not plan("A14B-I2V int8", "720p", 12).longer
 
 
 def test_modes_on_a_gpu() -> None:

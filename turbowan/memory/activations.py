@@ -135,10 +135,10 @@ def _rising(coder: Coder, work: Work, grid: vae_tiles.Grid) -> int:
     frames, height, width = work.latent
     number = vae_tiles.FULL * coder.base * work.itemsize
     units = vae_tiles.DECODER_UNITS if work.kernels else PLAIN_UNITS
-    per_position = (vae_tiles.DECODER_PAST + TEMPORAL_FACTOR * units * grid.latents) * number
     area = _largest(grid, height, width, vae_tiles.DECODER_HALO)
+    per_latent, past = TEMPORAL_FACTOR * units * number, vae_tiles.DECODER_PAST * number
     video = 0 if grid.whole else 4 * 3 * vae_tiles.FULL * height * width * TEMPORAL_FACTOR * frames
-    return int(per_position * area) + video + piece_bytes(work, grid)
+    return vae_tiles.work_bytes(area, grid.latents, per_latent, past) + video + piece_bytes(work, grid)
 
 
 def piece_bytes(work: Work, grid: vae_tiles.Grid) -> int:
@@ -194,7 +194,7 @@ def encode_bytes(coder: Coder, work: Work, budget: int | None = None) -> int:
     if budget is not None and work.kernels:
         grid = vae_tiles.choose(budget, height, width, vae_tiles.ENCODER_HALO, 1, per_position, 0)
         area = _largest(grid, height, width, vae_tiles.ENCODER_HALO)
-    return encode_fixed(coder, work) + int(per_position * area)
+    return encode_fixed(coder, work) + vae_tiles.work_bytes(area, 1, per_position, 0)
 
 
 def encode_fixed(coder: Coder, work: Work) -> int:

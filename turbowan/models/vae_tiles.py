@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -70,6 +71,12 @@ def spans(length: int, count: int, halo: int) -> list[Span]:
     ]
 
 
+def work_bytes(positions: int, latents: int, per_frame: float, fixed: float) -> int:
+    """What the layers at full size take on a tile of so many latent positions, so many latent frames at a time; the
+    others are those of `choose`."""
+    return math.ceil((fixed + latents * per_frame) * positions)
+
+
 def choose(budget: int, height: int, width: int, halo: int, most: int, per_frame: float, fixed: float) -> Grid:
     """The largest chunk that fits whole; else, one latent frame at a time, the tiles with the least overlap.
 
@@ -81,7 +88,7 @@ def choose(budget: int, height: int, width: int, halo: int, most: int, per_frame
         The smallest tiles where none fit.
     """
     for latents in range(most, 0, -1):
-        if (fixed + latents * per_frame) * height * width <= budget:
+        if work_bytes(height * width, latents, per_frame, fixed) <= budget:
             return Grid(1, 1, latents)
 
     rows, columns = (
@@ -92,7 +99,7 @@ def choose(budget: int, height: int, width: int, halo: int, most: int, per_frame
     def cost(grid: Grid) -> tuple[bool, int]:
         """Not fitting is the worst, and then the largest tile; else the positions worked on in all."""
         (tallest, heights), (widest, widths) = rows[grid.rows], columns[grid.columns]
-        fits = (fixed + per_frame) * tallest * widest <= budget
+        fits = work_bytes(tallest * widest, 1, per_frame, fixed) <= budget
         return not fits, heights * widths if fits else tallest * widest
 
     return min((Grid(r, c, 1) for r, c in product(rows, columns)), key=cost)
