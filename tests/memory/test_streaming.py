@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import nn
 
 import turbowan
 from turbowan import Engine, GenerateRequest
+from turbowan.bench.memory_watch import host_memory
 from turbowan.checkpoints.mapped import FileMaps
 from turbowan.errors import MachineError, Note
 from turbowan.machine import trim_heap
@@ -123,6 +124,27 @@ def test_a_host_that_would_swap_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         engine.generate(GenerateRequest(prompt="a ring", **{**SMALL, "boundary": None}))
 
 
+@pytest.mark.parametrize("longer", [True, False])
+def test_loading_in_the_background_ends_where_there_is_no_room_for_it(
+    longer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the picture is read; else it goes on."""
+    engine, loaded, seen = Engine.load("tiny-i2v", device="cpu"), list[str](), dict[str, bool]()
+    load = turbowan.stages.LOADERS["high_noise"]
+
+    def slowly(*args: object, **kwargs: object) -> nn.Module:
+        time.sleep(0.5)
+        part = load(*args, **kwargs)
+        loaded.append("high noise")
+        return part
+
+    monkeypatch.setitem(turbowan.stages.LOADERS, "high_noise", slowly)
+    monkeypatch.setattr("turbowan.engine.make_plan", lambda *args: replace(make_plan(*args), longer=longer))
+    request = GenerateRequest(prompt="a red ring", image=PICTURE, seed=1, **SMALL)
+    engine.generate(request, lambda at: seen.setdefault(at.stage, bool(loaded)))
+    assert seen["condition"] is not longer
+
+
 def test_an_end_in_the_middle_leaves_nothing_behind(forced: Callable[[str], None]) -> None:
     engine = Engine.load("tiny-i2v", device="cpu")
     forced("half streamed")
@@ -163,17 +185,14 @@ def test_what_fails_in_the_background_is_raised_where_it_is_wanted(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_memory_stays_flat_over_many_requests(forced: Callable[[str], None]) -> None:
     """Of this process, without pages of files and what its allocator keeps, over 20 requests in each way."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("this system does not tell")
 
     def held() -> int:
         gc.collect()
         trim_heap()
-        _, resident, of_files, *_ = map(int, statm.read_text().split())
-        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+        return host_memory()["own"]
 
     engine = Engine.load("tiny-i2v", device="cpu")
     for way in WAYS:

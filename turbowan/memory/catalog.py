@@ -51,7 +51,7 @@ def common_model(name: str, width: int = 832, height: int = 480, frames: int = 8
     config, format, two = COMMON[name]
     with torch.device("meta"):
         net = WanTransformer(config).bfloat16()
-    size = replace(part_size(net, torch.bfloat16, format), converted=0)  # taken to be the file's
+    size = replace(part_size(net, torch.bfloat16, format), converted=0)  # files are taken to be in it
     text, vae = _encoders()
     nets = {"high_noise": size, "low_noise": size} if two else {"transformer": size}
     model = Model(name, {**nets, "text_encoder": text, "vae": vae}, config, UMT5_XXL["width"])

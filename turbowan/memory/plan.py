@@ -86,8 +86,8 @@ class Plan:
     encode_budget: int | None
     grid: Grid
     early: bool
-    longer: bool = True
-    host: int = 0
+    longer: bool
+    host: int
 
     @property
     def peak(self) -> int:
@@ -319,13 +319,15 @@ def _planned(model: Model, work: Work, room: Room, mode: str, homes: Mapping[str
         "switch": denoise if len(model.nets) > 1 else 0,
         "decode": beside + int(decoding * decode_bytes(model.coder, work, grid)),
     }
-    hosted = sum(place.nbytes for place in places.values() if place.home == "host")
-    reading = [
-        model.parts[role].converted - (place.nbytes if place.home == "host" else 0)
-        for role, place in places.items() if place.hosted
-    ]  # fmt: skip
-    host = hosted + max([0, *reading])
+    host = _on_host(model, places)
     return Plan(mode, room, places, peaks, decode_budget, encode_budget, grid, early, longer, host)
+
+
+def _on_host(model: Model, places: Mapping[str, Place]) -> int:
+    """Bytes of the parts that live there, and of what the one that takes most takes beyond that while it is read."""
+    lives = {role: place.nbytes if place.home == "host" else 0 for role, place in places.items()}
+    beyond = [model.parts[role].converted - lives[role] for role, place in places.items() if place.hosted]
+    return sum(lives.values()) + max([0, *beyond])
 
 
 def _decoding(coder: Coder, work: Work, spare: int) -> tuple[int, Grid]:

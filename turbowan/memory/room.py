@@ -15,8 +15,8 @@ from .segments import growing, segments_grow
 CONTEXT = 9 * 10**8  # bytes of a GPU that a process takes besides PyTorch's: driver, kernels (0.80-0.87 GB on an H200)
 MARGIN, MARGIN_SHARE = 3 * 10**8, 0.04  # left over: scratch of convolutions, loaded kernels
 # What PyTorch's allocator holds at most over what lives at once, where its segments grow and where they do not: tensors
-# of several sizes come and go, and what is left between them is lost. From a replay of the stages' tensors in a model
-# of the allocator. On an H200 it held 1.01 to 1.10 times what lived within budgets, weights included, in growing ones.
+# of several sizes come and go, and what is left between them is lost. Estimates. Within budgets on an H200 growing ones
+# held 1.01 to 1.10 times what lived, weights included (docs/memory.md).
 GROWING, FIXED = {"denoise": 1.07, "decode": 1.15}, {"denoise": 1.45, "decode": 1.5}
 HOST_MARGIN, HOST_SHARE = 10**9, 0.9  # of the host's free memory this much may hold weights, less a margin
 PINNED_SHARE = 0.7  # of the host's free memory, at most, is locked
