@@ -108,6 +108,14 @@ def test_tiles_make_the_whole(grid, height, width, make_vae, monkeypatch):
         assert (tiled - whole).abs().max() <= 1e-11 * whole.abs().max()
 
 
+def test_tiles_come_out_while_the_last_one_is_worked_on(make_vae, monkeypatch):
+    vae, rise, worked_on = make_vae(2), vae_fused.Layers.rise, []
+    monkeypatch.setattr(vae_fused, "decoder_grid", lambda *_: vae_tiles.Grid(1, 2, 1))
+    monkeypatch.setattr(vae_fused.Layers, "rise", lambda *args: worked_on.append(1) or rise(*args))
+    seen = [(part.shape[2], len(worked_on)) for part in vae_fused.decode(vae.decoder, torch.randn(1, 16, 3, 2, 34))]
+    assert seen == [(1, 4), (4, 5), (4, 6)]
+
+
 def test_halos_are_needed(make_vae, monkeypatch):
     """Narrower ones show in the test above's way."""
     vae = make_vae(2).double()

@@ -282,7 +282,7 @@ def decode(decoder: Decoder, x: Tensor, budget: int | None = None) -> Iterator[T
 
     Args:
         budget: bytes it may take, four fifths of the device's free memory if not given. Where that is little, the
-            layers after the middle run tile by tile over the whole clip, which then comes out at the end.
+            layers after the middle run tile by tile over the whole clip, which then comes out with the last one.
     """
     x = x.permute(0, 2, 3, 4, 1)
     batch, latents, height, width, _ = x.shape
@@ -301,7 +301,8 @@ def decode(decoder: Decoder, x: Tensor, budget: int | None = None) -> Iterator[T
         return
     frames = TEMPORAL_FACTOR * (latents - 1) + 1
     video = widened(x[:0, :0]).new_empty((batch, 3, frames, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width))
-    for rows, columns in grid.tiles(height, width, vae_tiles.DECODER_HALO):
+    tiles = list(grid.tiles(height, width, vae_tiles.DECODER_HALO))
+    for rows, columns in tiles:
         layers, done = Layers(), 0
         for part in _chunks(layers, x[:, :, rows.read, columns.read], sizes):
             tile = layers.rise(decoder, part)
@@ -309,7 +310,8 @@ def decode(decoder: Decoder, x: Tensor, budget: int | None = None) -> Iterator[T
             place = video[:, :, done : done + tile.shape[2]]
             place[..., rows.kept(SPATIAL_FACTOR), columns.kept(SPATIAL_FACTOR)] = tile
             done += tile.shape[2]
-    yield video
+            if (rows, columns) == tiles[-1]:
+                yield place
 
 
 def encode(encoder: Encoder, video: Tensor, total: int | None = None, budget: int | None = None) -> Tensor:
